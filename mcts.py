@@ -1,0 +1,139 @@
+"""Monte Carlo Tree Search for a chain of layers: UCT over "append a layer" and "stop".
+
+A node of the tree is a prefix of a chain. After a prefix whose last layer is l, the actions are to append a layer from
+l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. Appending l + 1 goes on to the next layer,
+less than that loops, more skips; stopping before the last layer is an early exit. One simulation
+  1. selects: walks down the tree by upper confidence bounds,
+  2. expands: adds the first node it comes to that is new,
+  3. rolls out: completes the chain from there with the default policy,
+  4. backs up: adds the chain's reward to every node on the way.
+The default policy mostly does what the best chain found so far does, and at times something else. The same
+probabilities are the prior of step 1, so the tree grows along promising chains instead of level by level.
+
+References: UCT, Kocsis & Szepesvari 2006; priors in the bound (PUCT), Silver et al. 2016; CoLa, arXiv 2507.07996,
+section 3 (its search edits whole chains by blocks; ours builds them layer by layer).
+"""
+import math
+import random
+from dataclasses import dataclass
+
+STOP = -1  # an action, beside the layers 0, 1, 2, ...
+
+
+@dataclass
+class Result:
+    """What a search found.
+
+    Attributes:
+      evaluated: {chain: score} in order of evaluation, the full-depth chain first.
+      n_layers, depth_penalty: as given to `search`.
+    """
+    evaluated: dict
+    n_layers: int
+    depth_penalty: float
+
+    def reward(self, chain):
+        """Score - depth_penalty * depth / n_layers."""
+        return self.evaluated[chain] - self.depth_penalty * len(chain) / self.n_layers
+
+    def right(self):
+        """The chains with score > 0, in order of reward, highest first; of equals the shorter, then the earlier."""
+        right = [chain for chain, score in self.evaluated.items() if score > 0]
+        return sorted(right, key=lambda chain: (-self.reward(chain), len(chain)))
+
+    @property
+    def best(self):
+        """The first of `right()` (for a bool score: the shortest right chain), or None."""
+        return next(iter(self.right()), None)
+
+
+class Node:
+    """A prefix of a chain, or, below the action STOP, a complete chain.
+
+    Attributes:
+      prior: {action: probability}, empty until the node is visited a second time.
+      children: {action: Node}; a node stands here once it was visited.
+      visits, value: simulations that came through, and the sum of their rewards.
+      closed: every chain below was evaluated, so there is nothing left to visit.
+    """
+    __slots__ = ("prior", "children", "visits", "value", "closed")
+
+    def __init__(self):
+        self.prior, self.children, self.visits, self.value, self.closed = {}, {}, 0, 0.0, False
+
+
+def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=1.0, max_skip=4, max_loop=4,
+           deviation=0.15):
+    """Searches a chain of high reward.
+
+    Args:
+      score: callable, a list of chains (tuples of layer indices) to a list of numbers in [0, 1] (a bool is one).
+      n_layers: layers of the model.
+      simulations: how many distinct chains to evaluate, the full-depth chain first.
+      seed: the same seed and scores give the same result.
+      depth_penalty: what the full depth costs in the reward, where a right answer is worth 1.
+      exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
+      max_skip, max_loop: the window of layers that may be appended (see above); chains hold up to 2 * n_layers steps.
+      deviation: the default policy's probability, at each step, of leaving the best chain.
+    Returns a Result. It holds fewer than `simulations` chains only where there are no more.
+    Raises ValueError for a number out of range.
+    """
+    for name, value, least in [("n_layers", n_layers, 1), ("simulations", simulations, 1), ("max_skip", max_skip, 0),
+                               ("max_loop", max_loop, 0), ("depth_penalty", depth_penalty, 0),
+                               ("exploration", exploration, 0), ("deviation", deviation, 0)]:
+        if not value >= least:
+            raise ValueError(f"{name} must be {least} or more, not {value}")
+    rng = random.Random(seed)
+    full = tuple(range(n_layers))
+    result = Result({full: score([full])[0]}, n_layers, depth_penalty)
+    best, root = full, Node()
+
+    def policy(prefix):
+        """Probability of each action after a prefix: the best chain's next step, less `deviation` for all others."""
+        last = prefix[-1] if prefix else -1
+        actions = [STOP]
+        if len(prefix) < 2 * n_layers:
+            actions += range(max(0, last + 1 - max_loop), min(n_layers, last + 2 + max_skip))
+        rest = best[len(prefix):]
+        if tuple(prefix) != best[:len(prefix)]:  # rejoin the best chain further on
+            rest = [layer for layer in best if layer > last]
+        likely = rest[0] if rest and rest[0] in actions else STOP
+        if len(actions) == 1:
+            return {STOP: 1.0}
+        return {a: 1 - deviation if a == likely else deviation / (len(actions) - 1) for a in actions}
+
+    def bound(node, action):
+        child = node.children.get(action)
+        mean = child.value / child.visits if child else node.value / node.visits
+        return mean + exploration * node.prior[action] * math.sqrt(node.visits) / (1 + (child.visits if child else 0))
+
+    def simulate():
+        """One walk from the root: the nodes on its way, and the complete chain."""
+        node, path, prefix, action = root, [root], [], None
+        while action != STOP and node.visits:
+            node.prior = node.prior or policy(prefix)
+            still_open = [a for a in node.prior if a not in node.children or not node.children[a].closed]
+            action = max(still_open, key=lambda a: bound(node, a))
+            node = node.children.setdefault(action, Node())
+            path.append(node)
+            prefix.append(action)
+        while action != STOP:
+            choices = policy(prefix)
+            action = rng.choices(list(choices), choices.values())[0]
+            prefix.append(action)
+        return path, tuple(prefix[:-1])
+
+    while len(result.evaluated) < simulations and not root.closed:
+        path, chain = simulate()
+        if chain not in result.evaluated:
+            result.evaluated[chain] = score([chain])[0]
+        for node in path:
+            node.visits, node.value = node.visits + 1, node.value + result.reward(chain)
+        if len(path) == len(chain) + 2:  # the walk ended inside the tree: root, each layer, STOP
+            path[-1].closed = True
+            for node in reversed(path[:-1]):
+                node.closed = all(a in node.children and node.children[a].closed for a in node.prior)
+        found = result.evaluated[chain] > 0
+        if found and (not result.evaluated[best] > 0 or result.reward(chain) > result.reward(best)):
+            best, root = chain, Node()  # the default policy has changed, and the priors with it
+    return result
