@@ -1,0 +1,162 @@
+"""Trains the embedded checkpoint tiny/ from scratch, on the CPU: an hour on two cores.
+
+    python -m scripts.train_tiny
+
+A 12-layer decoder learns the sums that data.py generates, of 2 to 5 numbers as in levels 1 to 3. Levels 4 and 5 are
+longer than anything it sees here, and test problems are never trained on, at any level. Every step's batch follows from
+the seed and the number of the step. The state is saved now and then; the same command goes on from there.
+"""
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors import TensorSpec, safe_open, serialize_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from tqdm import trange
+
+import data
+from model import Config, Llama
+
+LENGTHS = (2, 3, 4, 5)  # how many numbers; levels 1 to 3 lie inside, levels 4 and 5 beyond
+END = "<|endoftext|>"
+
+
+def sums(rng, n_numbers, count):
+    """`count` (prompt, answer) pairs that are not test problems."""
+    pairs = []
+    while len(pairs) < count:
+        question, answer = data.random_sum(rng, n_numbers)
+        if not data.is_test(question):
+            pairs.append((data.prompt(data.Problem("", question, answer), []), f" {answer}"))
+    return pairs
+
+
+def make_tokenizer():
+    """Byte-level BPE: digits stand alone, the words of the prompt become one token each, all other text is bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\n?\w+:|[0-9]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    text = [prompt + answer for prompt, answer in sums(random.Random(0), LENGTHS[-1], 300)]
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=512, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=[END],
+        show_progress=False))
+    return tokenizer
+
+
+def make_model(vocab_size, seed):
+    torch.manual_seed(seed)
+    model = Llama(Config(vocab_size=vocab_size, hidden_size=64, intermediate_size=176, num_hidden_layers=12,
+                         num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0))
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 if "embed" in name else (24 if into_residual else 1) ** -0.5 * weight.shape[1] ** -0.5
+            torch.nn.init.normal_(weight, std=std)
+    return model
+
+
+def make_batch(tokenizer, pairs):
+    """Token ids [B, T], padded on the right, and targets [B, T]: the answer and the end token, -100 elsewhere."""
+    prompts = [encoding.ids for encoding in tokenizer.encode_batch([prompt for prompt, _ in pairs])]
+    wholes = [encoding.ids + [0] for encoding in tokenizer.encode_batch([prompt + answer for prompt, answer in pairs])]
+    tokens = torch.zeros(len(pairs), max(map(len, wholes)), dtype=torch.long)
+    targets = torch.full_like(tokens, -100)
+    for row, (prompt, whole) in enumerate(zip(prompts, wholes)):
+        tokens[row, :len(whole)] = torch.tensor(whole)
+        targets[row, len(prompt) - 1:len(whole) - 1] = torch.tensor(whole[len(prompt):])
+    return tokens, targets
+
+
+def save_tensors(tensors, path, **metadata):
+    """Writes a .safetensors file (safetensors.torch.save_file would do it too, but needs numpy)."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    serialize_file({name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
+                                     data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+                    for name, tensor in tensors.items()}, str(path), metadata)
+
+
+def state(model, optimizers):
+    """Everything that training has changed, as one flat dict of tensors (safetensors holds no other)."""
+    tensors = {f"model.{name}": weight for name, weight in model.named_parameters()}
+    for i, optimizer in enumerate(optimizers):
+        for j, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{name}": value for name, value in slots.items()}
+    return tensors
+
+
+def save_checkpoint(folder, model, tokenizer):
+    """Writes the ordinary Hugging Face layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float32",
+              **vars(model.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    names = {name: name if name.startswith("lm_head") else f"model.{name}" for name, _ in model.named_parameters()}
+    save_tensors({names[name]: weight for name, weight in model.named_parameters()}, folder / "model.safetensors",
+                 format="pt")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m scripts.train_tiny", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("tiny"), help="folder of the checkpoint (default: tiny)")
+    parser.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"),
+                        help="where to go on from (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=14000, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=128, help="problems a step (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    args = parser.parse_args()
+
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer.get_vocab_size(), args.seed)
+    hidden = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
+    others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or "embed" in name]
+    # Muon (Jordan et al. 2024) got to the same loss in a third of AdamW's steps.
+    optimizers = [torch.optim.Muon(hidden, lr=0.006, weight_decay=0.1),
+                  torch.optim.AdamW(others, lr=0.002, betas=(0.9, 0.98), weight_decay=0)]
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+
+    start = 0
+    if args.state.exists():
+        with safe_open(args.state, "pt") as saved:
+            start = int(saved.metadata()["step"])
+            tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+        model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name[0] == "m"},
+                              strict=False)
+        for i, optimizer in enumerate(optimizers):
+            slots = {}
+            for name, tensor in tensors.items():
+                if name.startswith(f"optimizer.{i}."):
+                    j, slot = name.split(".")[2:]
+                    slots.setdefault(int(j), {})[slot] = tensor
+            optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    args.state.parent.mkdir(parents=True, exist_ok=True)
+    for step in (bar := trange(start, args.steps, initial=start, total=args.steps, mininterval=1)):
+        rng = random.Random(f"{args.seed}/{step}")
+        tokens, targets = make_batch(tokenizer, sums(rng, rng.choice(LENGTHS), args.batch))
+        rows, positions = (targets >= 0).nonzero(as_tuple=True)
+        logits = model.lm_head(model.hidden(tokens)[rows, positions])
+        loss = F.cross_entropy(logits, targets[rows, positions])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, peak in zip(optimizers, peaks):  # a short warm-up, then down to zero over the second half
+            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 200, 2 * (1 - step / args.steps))
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            partial = args.state.with_suffix(".part")
+            save_tensors(state(model, optimizers), partial, step=str(step + 1))
+            partial.replace(args.state)
+    save_checkpoint(args.out, model, tokenizer)
+
+
+if __name__ == "__main__":
+    main()
