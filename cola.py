@@ -1,0 +1,267 @@
+"""Find a chain of layers that answers one sample right, and as short as can be.
+
+    python cola.py --sample-id 12
+    python cola.py --sample-id 12 --chain 0-5,5,8-11
+    python cola.py --sample-id 3 --model path/to/checkpoint --dataset path/to/arc_easy.jsonl
+
+Follows CoLa (arXiv 2507.07996): the layers of a pretrained LLM are modules that may be skipped, looped and
+reordered for each input, with no training. Layers are numbered from 0; a chain reads like 0-5,5,8-11.
+"""
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch mentions it, nothing here needs it
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import data
+import mcts
+from model import Llama, Verifier
+
+TINY = Path(__file__).resolve().parent / "tiny"  # the embedded checkpoint
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def parser():
+    p = Parser(prog="cola.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sample = p.add_argument_group("sample")
+    sample.add_argument("--sample-id", type=int, required=True, metavar="N", help="position in the dataset, from 0")
+    sample.add_argument("--dataset", default="arithmetic", metavar="NAME",
+                        help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
+    sample.add_argument("--shots", type=int, default=0, metavar="N", help="worked examples before the question (default: 0)")
+    model = p.add_argument_group("model")
+    model.add_argument("--model", default="tiny", metavar="DIR", help="checkpoint folder (default: the embedded tiny)")
+    model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                       help="default: bfloat16 on cuda, float32 on cpu")
+    search = p.add_argument_group("search")
+    search.add_argument("--chain", metavar="LAYERS", help="do not search, run this chain, such as 0-5,5,8-11")
+    search.add_argument("--simulations", type=int, default=200, metavar="N",
+                        help="distinct chains to evaluate (default: %(default)s)")
+    search.add_argument("--depth-penalty", type=float, default=0.2, metavar="X",
+                        help="what the full depth costs; a right answer is worth 1 (default: %(default)s)")
+    search.add_argument("--exploration", type=float, default=1.0, metavar="C",
+                        help="constant of the upper confidence bound (default: %(default)s)")
+    search.add_argument("--max-skip", type=int, default=4, metavar="N",
+                        help="layers that one step may skip (default: %(default)s)")
+    search.add_argument("--max-loop", type=int, default=4, metavar="N",
+                        help="layers that one step may go back (default: %(default)s)")
+    search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default: 0)")
+    return p
+
+
+def load_checkpoint(args):
+    """The model, its tokenizer, and the set of ids that end an answer."""
+    folder = TINY if args.model == "tiny" else Path(args.model)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; --model takes a folder with config.json, tokenizer.json and "
+                                "safetensors weights")
+    model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
+    tokenizer = load_tokenizer(folder)
+    return model, tokenizer, stop_ids(tokenizer, model.config.eos_token_id)
+
+
+def load_tokenizer(folder):
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; a checkpoint needs its tokenizer in this form")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file} is not a tokenizer ({error}); fetch it again") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def stop_ids(tokenizer, end_tokens):
+    """Ids that end an answer: the end tokens, and every token whose text begins with a new line."""
+    end_tokens = end_tokens if isinstance(end_tokens, list) else [end_tokens]
+    ids = range(tokenizer.get_vocab_size())
+    texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    return {*end_tokens, *(i for i, text in zip(ids, texts) if text.startswith("\n"))}
+
+
+def encode(tokenizer, prompt, answer):
+    """Token ids of the prompt, and of the answer as it goes on from there."""
+    ids = tokenizer.encode(prompt).ids
+    both = tokenizer.encode(f"{prompt} {answer}").ids
+    if both[:len(ids)] == ids:
+        return ids, both[len(ids):]
+    return ids, tokenizer.encode(f" {answer}", add_special_tokens=False).ids
+
+
+def parse_chain(text, n_layers):
+    """"0-5,5,8-11" to a tuple of layers; an empty text is the empty chain."""
+    chain = []
+    for part in text.replace(" ", "").split(",") if text.strip() else []:
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ValueError(f"chain {text!r} has a malformed part {part!r}; write layers and ranges, such as 0-5,5,8-11")
+        chain += range(int(first), int(last or first) + 1)
+    if chain and max(chain) >= n_layers:
+        raise ValueError(f"layer {max(chain)} does not exist; the model has layers 0 to {n_layers - 1}")
+    return tuple(chain)
+
+
+def format_chain(chain):
+    """The inverse of `parse_chain`."""
+    parts = []
+    for run in runs(chain, lambda a, b: b == a + 1):
+        parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
+    return ",".join(parts)
+
+
+def runs(chain, joined):
+    """Cuts a chain into runs of neighbours that are `joined`."""
+    out = []
+    for layer in chain:
+        if out and joined(out[-1][-1], layer):
+            out[-1].append(layer)
+        else:
+            out.append([layer])
+    return out
+
+
+def draw(chain, n_layers):
+    """A chain as lines of text: one line each time it goes forward, "." for a layer jumped over, "x" for one cut off.
+
+        layers   0 1 2 3 4 5
+        first    0 1 . 3
+        then         2 3 x x
+    """
+    width = len(str(n_layers - 1)) + 1
+    lines = ["layers  " + "".join(f"{layer:{width}}" for layer in range(n_layers))]
+    top = max(chain, default=-1)
+    passes = runs(chain, lambda a, b: b > a) or [[]]
+    for i, layers in enumerate(passes):
+        cells = []
+        for layer in range(n_layers):
+            begun, ended = i == 0 or layer > layers[0], not layers or layer > layers[-1]
+            if layer in layers:
+                cells.append(str(layer))
+            elif layer > top and i == len(passes) - 1:
+                cells.append("x")
+            else:
+                cells.append("." if begun and not ended else "")
+        lines.append(("then    " if i else "first   ") + "".join(f"{cell:>{width}}" for cell in cells).rstrip())
+    return lines
+
+
+def explain(chain, n_layers):
+    """What a chain does to the layers, in words."""
+    top = max(chain, default=-1)
+    said = [("skips", [layer for layer in range(top) if layer not in chain]),
+            ("loops", sorted({layer for layer in chain if chain.count(layer) > 1})),
+            ("cuts off", range(top + 1, n_layers))]
+    return "; ".join(f"{verb} {format_chain(layers)}" for verb, layers in said if layers) or "every layer once"
+
+
+class Sample:
+    """A problem as one model sees it: its tokens, the answers that chains give, and the verifier for the search."""
+
+    def __init__(self, model, tokenizer, stop, problem):
+        self.model, self.tokenizer, self.problem = model, tokenizer, problem
+        self.prompt, self.target = encode(tokenizer, problem.prompt, problem.answer)
+        if max(self.prompt + self.target) >= model.config.vocab_size:
+            raise ValueError("the tokenizer has more tokens than the model; fetch the checkpoint again")
+        if len(self.prompt) + len(self.target) > model.config.max_position_embeddings:
+            raise ValueError(f"the prompt has {len(self.prompt)} tokens, the answer {len(self.target)}, the model only "
+                             f"{model.config.max_position_embeddings} positions; take another sample or fewer --shots")
+        self.stop = None if problem.choices else stop  # a letter is complete as it stands
+        self.verify = Verifier(model, self.prompt, self.target, self.stop)
+
+    def answer(self, chain):
+        """The text that greedy decoding writes under a chain, and whether it is the right answer."""
+        limit = len(self.target) if self.stop is None else max(32, len(self.target) + 1)
+        text = self.tokenizer.decode(self.model.generate(self.prompt, chain, limit, self.stop or ()))
+        return text.strip(), data.exact_match(text, self.problem.answer)
+
+
+def load_sample(args):
+    """The Sample that the arguments ask for. Raises ValueError or OSError with one line that says what to do."""
+    problems = data.load(args.dataset, args.shots)
+    if not 0 <= args.sample_id < len(problems):
+        raise ValueError(f"sample id {args.sample_id} is out of range; {args.dataset} has 0 to {len(problems) - 1}")
+    return Sample(*load_checkpoint(args), problems[args.sample_id])
+
+
+def say(label, text):
+    """Prints text with a label in the left margin."""
+    for line in text.splitlines() or [""]:
+        print(f"{label:10}{line}".rstrip())
+        label = ""
+
+
+def say_answer(label, sample, chain):
+    text, right = sample.answer(chain)
+    say(label, f"{text!r}, {'right' if right else 'wrong'}, depth {len(chain)} of {sample.model.config.num_hidden_layers}")
+    return right
+
+
+def run(args):
+    sample = load_sample(args)
+    model, problem = sample.model, sample.problem
+    n_layers, weight = model.config.num_hidden_layers, model.lm_head.weight
+    chain = None if args.chain is None else parse_chain(args.chain, n_layers)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    say("model", f"{args.model}: {n_layers} layers, {size / 1e6:.1f}M parameters, {weight.device}, "
+                 f"{str(weight.dtype).removeprefix('torch.')}")
+    say("sample", f"{args.dataset} {args.sample_id} ({problem.id})")
+    say("question", problem.question)
+    say("gold", problem.answer)
+    if chain is not None:
+        say_answer("answer", sample, chain)
+        say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
+        return
+    say_answer("full", sample, range(n_layers))
+
+    start = time.perf_counter()
+    with tqdm(total=args.simulations, desc="search", unit="chain", disable=None, leave=False) as bar:
+        def score(chains):
+            verdicts = sample.verify(chains)
+            bar.update(len(chains))
+            return verdicts
+        result = mcts.search(score, n_layers, args.simulations, args.seed, args.depth_penalty, args.exploration,
+                             args.max_skip, args.max_loop)
+    seconds = time.perf_counter() - start
+    say("search", f"{len(result.evaluated)} chains evaluated, {len(result.right())} right, in {seconds:.2f} s, "
+                  f"{len(result.evaluated) / seconds:.0f} chains/s")
+    discarded = 0
+    for chain in result.right():
+        if sample.answer(chain)[1]:  # plain generation has the last word
+            say_answer("best", sample, chain)
+            say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
+            break
+        discarded += 1
+    else:
+        say("best", "none: no chain that answers right was found")
+    if discarded:
+        say("discarded", f"{discarded} better chains whose answer plain generation did not confirm")
+
+
+def main(argv=None):
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the question
+    args = parser().parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"cola.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("cola.py: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
