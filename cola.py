@@ -8,6 +8,7 @@ Follows CoLa (arXiv 2507.07996): the layers of a pretrained LLM are modules that
 reordered for each input, with no training. Layers are numbered from 0; a chain reads like 0-5,5,8-11.
 """
 import argparse
+import json
 import sys
 import time
 import warnings
@@ -68,7 +69,7 @@ def load_checkpoint(args):
                                 "safetensors weights")
     model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
     tokenizer = load_tokenizer(folder)
-    return model, tokenizer, stop_ids(tokenizer, model.config.eos_token_id)
+    return model, tokenizer, stop_ids(tokenizer, end_tokens(folder))
 
 
 def load_tokenizer(folder):
@@ -84,12 +85,24 @@ def load_tokenizer(folder):
     return tokenizer
 
 
+def end_tokens(folder):
+    """The checkpoint's end-of-text ids, as generation_config.json or else config.json names them."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            try:
+                ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError):
+                raise ValueError(f"{folder / name} is not a JSON object; fetch the checkpoint again") from None
+            if ids is not None:
+                return set(ids if isinstance(ids, list) else [ids])
+    return set()
+
+
 def stop_ids(tokenizer, end_tokens):
     """Ids that end an answer: the end tokens, and every token whose text begins with a new line."""
-    end_tokens = end_tokens if isinstance(end_tokens, list) else [end_tokens]
     ids = range(tokenizer.get_vocab_size())
     texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
-    return {*end_tokens, *(i for i, text in zip(ids, texts) if text.startswith("\n"))}
+    return end_tokens | {i for i, text in zip(ids, texts) if text.startswith("\n")}
 
 
 def encode(tokenizer, prompt, answer):

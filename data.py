@@ -18,6 +18,7 @@ from pathlib import Path
 
 NUMBERS = {1: 2, 2: 3, 3: 4, 4: 6, 5: 7}  # how many numbers a problem of each arithmetic level adds and subtracts
 DATASETS = ("arithmetic", *(f"arithmetic-{level}" for level in NUMBERS))
+LIMIT = 100  # every number is below
 SIZE = 2000  # problems in each of them
 
 
@@ -77,12 +78,12 @@ def exact_match(prediction, answer):
 
 # Arithmetic: generated, the same on every machine.
 
-def random_sum(rng, n_numbers):
-    """A question and its answer, as "What is 12 + 7 - 30?" and "-11", with numbers of one or two digits."""
-    value = rng.randrange(100)
+def random_sum(rng, n_numbers, limit=LIMIT):
+    """A question and its answer, as "What is 12 + 7 - 30?" and "-11", with numbers below the limit."""
+    value = rng.randrange(limit)
     question = f"What is {value}"
     for _ in range(n_numbers - 1):
-        sign, number = rng.choice("+-"), rng.randrange(100)
+        sign, number = rng.choice("+-"), rng.randrange(limit)
         question += f" {sign} {number}"
         value += number if sign == "+" else -number
     return f"{question}?", str(value)

@@ -7,6 +7,7 @@ References: CoLa, arXiv 2507.07996 (chains of layers); Llama 2, arXiv 2307.09288
 RoPE, arXiv 2104.09864; grouped-query attention, arXiv 2305.13245; speculative decoding, arXiv 2211.17192 (`Verifier`).
 """
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -14,6 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
+
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmoe", "qwen2_moe", "qwen3_moe")
+ROPE_KEYS = {"default": [], "linear": ["factor"],
+             "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
 
 
 @dataclass
@@ -28,15 +34,19 @@ class Config:
     head_dim: int | None = None
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    rope_parameters: dict | None = None
+    clip_qkv: float | None = None  # bound of queries, keys and values (OLMoE)
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False
+    moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int | None = None
     tie_word_embeddings: bool = False
-    eos_token_id: int | list | None = None  # one, several or no tokens that end a text
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **(self.rope_parameters or {})}
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
 
     @classmethod
     def from_json(cls, path):
@@ -49,21 +59,29 @@ class Config:
             raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{path} holds no JSON object; fetch the checkpoint again")
-        # transformers 5 writes rope_parameters; older checkpoints hold rope_theta and rope_scaling.
+        # transformers 5 writes rope_parameters; older checkpoints hold rope_theta and rope_scaling, which names a "type".
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        raw.setdefault("rope_theta", rope.get("rope_theta"))
-        for name, found, supported in [("model_type", raw.get("model_type"), "llama"),
-                                       ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
-                                       ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
-                                       ("quantization_config", raw.get("quantization_config"), None)]:
-            if found != supported:
-                raise ValueError(f"{path}: {name} {found!r} is not supported, only {supported!r} is; "
+        rope = {"rope_theta": raw.get("rope_theta") or 10000.0, "rope_type": rope.get("type", "default"), **rope}
+        for name, found, supported in [
+                ("model_type", raw.get("model_type"), MODEL_TYPES),
+                ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
+                ("rope_type", rope["rope_type"], [*ROPE_KEYS]),
+                ("partial_rotary_factor", rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)), [1]),
+                ("quantization_config", raw.get("quantization_config"), [None])]:
+            if found not in supported:
+                raise ValueError(f"{path}: {name} {found!r} is not supported, only {', '.join(map(str, supported))}; "
                                  "take another checkpoint")
+        raw["rope_parameters"] = rope
+        if raw.get("sliding_window") and raw.get("use_sliding_window", True):  # inside the window attention is full
+            raw["max_position_embeddings"] = min(raw["sliding_window"], raw.get("max_position_embeddings", math.inf))
         try:
             config = cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
             if min(config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-                   config.num_attention_heads // config.num_key_value_heads, config.head_dim) < 1:
+                   config.num_attention_heads // config.num_key_value_heads, config.head_dim // 2) < 1:
                 raise TypeError("sizes must be 1 or more")
+            for key in ["rope_theta", *ROPE_KEYS[rope["rope_type"]]]:
+                if not isinstance(rope.get(key), (int, float)):
+                    raise TypeError(f"rope_parameters without {key}")
         except (TypeError, ZeroDivisionError) as error:
             raise ValueError(f"{path} does not describe a decoder ({error}); fetch the checkpoint again") from None
         return config
@@ -105,11 +123,18 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(config, length, device):
-    """cos and sin of every position's angles, each [length, head_dim] in float32 (RoPE, section 3.2.2)."""
-    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    angles = torch.outer(torch.arange(length, device=device).float(), config.rope_theta ** -exponents)
-    angles = torch.cat((angles, angles), dim=-1)  # Llama checkpoints rotate the two halves of a head, not neighbours
-    return angles.cos(), angles.sin()
+    """cos and sin of the angle of each position, [length, head_dim] in float32 (RoPE, section 3.2.2)."""
+    rope = config.rope_parameters
+    frequency = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    if rope["rope_type"] == "linear":
+        frequency = frequency / rope["factor"]
+    elif rope["rope_type"] == "llama3":  # slow only what turns less than a few times within the original length
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        keep = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+        frequency = torch.lerp(frequency / rope["factor"], frequency, keep.clamp(0, 1))
+    angle = torch.outer(torch.arange(length, device=device).float(), frequency)
+    angle = torch.cat((angle, angle), dim=-1)  # these checkpoints pair dimension i with i + head_dim / 2
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
@@ -121,20 +146,33 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal attention in which several query heads share one key/value head."""
 
-    def __init__(self, config):
+    def __init__(self, config, shapes):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.clip = config.head_dim, config.clip_qkv
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias="self_attn.q_proj.bias" in shapes)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias="self_attn.k_proj.bias" in shapes)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias="self_attn.v_proj.bias" in shapes)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias="self_attn.o_proj.bias" in shapes)
+        self.q_norm = self.k_norm = None
+        if "self_attn.q_norm.weight" in shapes:  # over each head (Qwen3), or over all of them (OLMoE)
+            per_head = shapes["self_attn.q_norm.weight"] == [config.head_dim]
+            self.q_norm = RMSNorm(config.head_dim if per_head else q_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim if per_head else kv_size, config.rms_norm_eps)
+
+    def heads(self, x, norm=None):
+        """[B, T, heads * head_dim] to [B, heads, T, head_dim], normalized and clipped where the model does so."""
+        if norm is not None:
+            x = norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
+        if self.clip is not None:
+            x = x.clamp(-self.clip, self.clip)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x, rope, mask=None, cache=None, step=None):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, head_dim]
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q = rotate(self.heads(self.q_proj(x), self.q_norm), *rope)
+        k = rotate(self.heads(self.k_proj(x), self.k_norm), *rope)
+        v = self.heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.append(step, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
@@ -145,25 +183,60 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: a gated feed-forward network."""
 
-    def __init__(self, config):
+    def __init__(self, hidden_size, intermediate_size, bias=False):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Layer(nn.Module):
-    """One module of a chain. It adds to the hidden state, which is why skipping or looping it can make sense."""
+class Experts(nn.Module):
+    """Mixture of experts: each token goes to a few of many small MLPs, and to one that all tokens share, if there is one."""
 
-    def __init__(self, config):
+    def __init__(self, config, shapes):
+        super().__init__()
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        size, n_experts = config.hidden_size, shapes["mlp.gate.weight"][0]
+        self.gate = nn.Linear(size, n_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(size, config.moe_intermediate_size) for _ in range(n_experts))
+        self.shared_expert = None
+        if "mlp.shared_expert_gate.weight" in shapes:
+            self.shared_expert = MLP(size, config.shared_expert_intermediate_size)
+            self.shared_expert_gate = nn.Linear(size, 1, bias=False)
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        weights, chosen = self.gate(flat).float().softmax(-1).topk(self.top_k)  # [tokens, top_k]
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(flat)
+        for expert in chosen.unique().tolist():
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            y[token] += self.experts[expert](flat[token]) * weights[token, place, None].to(x.dtype)
+        if self.shared_expert is not None:
+            y = y + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
+        return y.view_as(x)
+
+
+class Layer(nn.Module):
+    """One module of a chain. It adds to the hidden states, so they survive that it is left out or applied again.
+
+    Args:
+      shapes: {name: shape} of its tensors in the checkpoint; they tell which of the optional parts it has.
+    """
+
+    def __init__(self, config, shapes):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, shapes)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        if "mlp.gate.weight" in shapes:
+            self.mlp = Experts(config, shapes)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias="mlp.gate_proj.bias" in shapes)
 
     def forward(self, x, *context):
         x = x + self.self_attn(self.input_layernorm(x), *context)
@@ -171,18 +244,23 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. Parameters are named as in a Hugging Face checkpoint, less the leading "model."."""
+    """The decoder. Its parameters are named as in a Hugging Face checkpoint, less the leading "model.".
 
-    def __init__(self, config):
+    Args:
+      config: a Config.
+      shapes: {name: shape} of the checkpoint's tensors; without, it is a plain Llama.
+    """
+
+    def __init__(self, config, shapes=None):
         super().__init__()
-        self.config = config
+        self.config, self.rope = config, None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, within(shapes or {}, f"layers.{i}."))
+                                    for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.rope = None
 
     @classmethod
     def from_pretrained(cls, path, device=None, dtype=None):
@@ -194,35 +272,34 @@ class Llama(nn.Module):
           dtype: torch.dtype; None means bfloat16 on a GPU, float32 on the CPU.
         Raises ValueError, or OSError for a missing file, with one line that says what to do.
         """
-        path = Path(path)
-        device = find_device(device)
+        path, device = Path(path), find_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        with torch.device("meta"):  # shapes only: the parameters are the tensors read below, held once
-            model = cls(Config.from_json(path / "config.json"))
-        expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-        weights = {}
+        config, stored = Config.from_json(path / "config.json"), {}
         for file in weight_files(path):
             try:
-                with safe_open(file, framework="pt", device=str(device)) as tensors:
-                    for full_name in tensors.keys():
-                        name = full_name.removeprefix("model.")
-                        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
-                            continue  # derived from the config, or a copy of the tied embedding
-                        tensor = tensors.get_tensor(full_name)
-                        if tensor.shape != expected.get(name):
-                            raise ValueError(f"{file}: tensor {full_name} has shape {list(tensor.shape)}, config.json "
-                                             f"asks for {list(expected.get(name, [])) or 'no such tensor'}")
-                        if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN spreads to both
-                            raise ValueError(f"{file}: tensor {full_name} holds NaN or infinity")
-                        weights[name] = tensor.to(dtype)
+                tensors = safe_open(file, framework="pt", device=str(device))
             except SafetensorError as error:
                 raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
-        missing = sorted(expected.keys() - weights.keys())
-        if missing:
-            raise ValueError(f"{path} lacks {len(missing)} tensors that config.json asks for, {missing[0]} first; "
-                             "fetch the checkpoint again")
+            for name in tensors.keys():
+                if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what follows from the config
+                    stored[name.removeprefix("model.")] = tensors, name, file
+        if config.tie_word_embeddings:
+            stored.pop("lm_head.weight", None)
+        shapes = {name: tensors.get_slice(full_name).get_shape() for name, (tensors, full_name, _) in stored.items()}
+        with torch.device("meta"):  # no memory yet: the tensors read below become the parameters, one by one
+            model = cls(config, shapes)
+        expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        for name in sorted(expected.keys() | shapes.keys()):
+            if shapes.get(name) != expected.get(name):
+                raise ValueError(f"{path}: tensor {name} is {shapes.get(name, 'missing')}, where config.json asks for "
+                                 f"{expected.get(name, 'no such tensor')}; fetch the checkpoint again")
+        weights = {}
+        for name, (tensors, full_name, file) in stored.items():
+            weights[name] = tensors.get_tensor(full_name).to(dtype)
+            if not all(extreme.isfinite() for extreme in weights[name].aminmax()):  # NaN spreads to both
+                raise ValueError(f"{file}: tensor {full_name} holds NaN or infinity; fetch the checkpoint again")
         model.load_state_dict(weights, strict=False, assign=True)
-        if model.config.tie_word_embeddings:
+        if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
 
@@ -309,6 +386,11 @@ class Verifier:
         greedy = self.model.lm_head(x).argmax(-1)
         right = torch.equal(greedy[:len(self.answer)], self.answer)
         return right and (self.stop is None or greedy[-1].item() in self.stop)
+
+
+def within(shapes, prefix):
+    """The entries whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def check_chain(chain, n_layers):

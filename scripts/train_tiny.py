@@ -21,14 +21,15 @@ import data
 from model import Config, Llama
 
 LENGTHS = (2, 3, 4, 5)  # how many numbers; levels 1 to 3 lie inside, levels 4 and 5 beyond
+LIMITS = (10, 20, 50, 100)  # below which the numbers lie; small ones teach what large ones need
 END = "<|endoftext|>"
 
 
-def sums(rng, n_numbers, count):
+def sums(rng, n_numbers, limit, count):
     """`count` (prompt, answer) pairs that are not test problems."""
     pairs = []
     while len(pairs) < count:
-        question, answer = data.random_sum(rng, n_numbers)
+        question, answer = data.random_sum(rng, n_numbers, limit)
         if not data.is_test(question):
             pairs.append((data.prompt(data.Problem("", question, answer), []), f" {answer}"))
     return pairs
@@ -41,7 +42,7 @@ def make_tokenizer():
         pre_tokenizers.Split(Regex(r"\n?\w+:|[0-9]"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    text = [prompt + answer for prompt, answer in sums(random.Random(0), LENGTHS[-1], 300)]
+    text = [prompt + answer for prompt, answer in sums(random.Random(0), LENGTHS[-1], LIMITS[-1], 300)]
     tokenizer.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=512, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=[END],
         show_progress=False))
@@ -51,7 +52,7 @@ def make_tokenizer():
 def make_model(vocab_size, seed):
     torch.manual_seed(seed)
     model = Llama(Config(vocab_size=vocab_size, hidden_size=64, intermediate_size=176, num_hidden_layers=12,
-                         num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0))
+                         num_attention_heads=2, max_position_embeddings=512, tie_word_embeddings=True))
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -94,7 +95,7 @@ def save_checkpoint(folder, model, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float32",
-              **vars(model.config)}
+              "eos_token_id": 0, **vars(model.config)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     names = {name: name if name.startswith("lm_head") else f"model.{name}" for name, _ in model.named_parameters()}
     save_tensors({names[name]: weight for name, weight in model.named_parameters()}, folder / "model.safetensors",
@@ -107,7 +108,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("tiny"), help="folder of the checkpoint (default: tiny)")
     parser.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"),
                         help="where to go on from (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=14000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=12000, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=128, help="problems a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args()
@@ -117,8 +118,8 @@ def main():
     hidden = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or "embed" in name]
     # Muon (Jordan et al. 2024) got to the same loss in a third of AdamW's steps.
-    optimizers = [torch.optim.Muon(hidden, lr=0.006, weight_decay=0.1),
-                  torch.optim.AdamW(others, lr=0.002, betas=(0.9, 0.98), weight_decay=0)]
+    optimizers = [torch.optim.Muon(hidden, lr=0.015, weight_decay=0.1),
+                  torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0)]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
 
     start = 0
@@ -139,14 +140,14 @@ def main():
     args.state.parent.mkdir(parents=True, exist_ok=True)
     for step in (bar := trange(start, args.steps, initial=start, total=args.steps, mininterval=1)):
         rng = random.Random(f"{args.seed}/{step}")
-        tokens, targets = make_batch(tokenizer, sums(rng, rng.choice(LENGTHS), args.batch))
+        tokens, targets = make_batch(tokenizer, sums(rng, rng.choice(LENGTHS), rng.choice(LIMITS), args.batch))
         rows, positions = (targets >= 0).nonzero(as_tuple=True)
         logits = model.lm_head(model.hidden(tokens)[rows, positions])
         loss = F.cross_entropy(logits, targets[rows, positions])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in zip(optimizers, peaks):  # a short warm-up, then down to zero over the second half
-            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 200, 2 * (1 - step / args.steps))
+        for optimizer, peak in zip(optimizers, peaks):  # a short warm-up, then down to zero
+            optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 200, 1 - step / args.steps)
             optimizer.step()
             optimizer.zero_grad()
         if step % 50 == 0:

@@ -1,0 +1,533 @@
+"""Tests. `pytest` runs them all; those that compare with transformers are skipped where it is not installed."""
+import copy
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import cola
+import data
+import mcts
+from model import Config, KVCache, Llama, Verifier
+from scripts.train_tiny import save_tensors
+
+torch.set_num_threads(2)
+ROOT = Path(cola.__file__).resolve().parent
+
+
+# Helpers.
+
+def random_model(n_layers=5, **changes):
+    torch.manual_seed(0)
+    return Llama(Config(**{"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": n_layers,
+                           "num_attention_heads": 4, "num_key_value_heads": 2, **changes})).eval()
+
+
+def chains_of(n_layers):
+    """The chains that every equality is tried on: full, skipped, looped, reversed, single, empty, mixed."""
+    full = list(range(n_layers))
+    return [full, full[::2], full[:2] + full, full[:1] * 4, full[::-1], [n_layers - 1], [], [2, 0, 2, 1, 1, 3]]
+
+
+def random_chain(rng, n_layers):
+    """A chain near the full one: it jumps now and then."""
+    chain, layer = [], 0
+    while layer < n_layers and len(chain) < 2 * n_layers:
+        chain.append(layer)
+        layer = max(0, layer + 1 + (rng.choice([-3, -2, -1, 1, 2]) if rng.random() < 0.15 else 0))
+    return tuple(chain)
+
+
+def without_cache(model, tokens, chain, count):
+    """Greedy decoding, the plain way: the whole text anew for each token."""
+    tokens = list(tokens)
+    for _ in range(count):
+        with torch.inference_mode():
+            tokens.append(model(torch.tensor([tokens]), chain)[0, -1].argmax().item())
+    return tokens[-count:]
+
+
+def write_checkpoint(folder, tensors=None, **config):
+    """A copy of tiny with other tensors or another config."""
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes((cola.TINY / "tokenizer.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(json.loads((cola.TINY / "config.json").read_text()) | config))
+    if tensors is None:
+        (folder / "model.safetensors").write_bytes((cola.TINY / "model.safetensors").read_bytes())
+    else:
+        save_tensors(tensors, folder / "model.safetensors")
+    return folder
+
+
+def tiny_tensors():
+    """tiny's tensors under the names that they have in its file."""
+    model = Llama.from_pretrained(cola.TINY, "cpu")
+    return {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    args = cola.parser().parse_args(["--sample-id", "0", "--device", "cpu"])
+    return cola.load_checkpoint(args)
+
+
+# model.py
+
+@pytest.mark.parametrize("chain", chains_of(5), ids=str)
+def test_cached_generation_equals_cache_free(chain):
+    model = random_model()
+    assert model.generate([3, 1, 4, 1, 5], chain, max_new_tokens=12) == without_cache(model, [3, 1, 4, 1, 5], chain, 12)
+
+
+@pytest.mark.parametrize("chain", chains_of(5), ids=str)
+def test_tokens_may_enter_the_cache_in_pieces(chain):
+    model, tokens, cache = random_model(), torch.randint(50, (2, 20)), KVCache()
+    with torch.inference_mode():
+        pieces = [model(piece, chain, cache) for piece in tokens.split([5, 1, 8, 6], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens, chain))
+    assert cache.length == 20 and len(cache.slots) == len(chain)
+
+
+def test_cache_refuses_another_chain():
+    model, cache = random_model(), KVCache()
+    model(torch.tensor([[1, 2]]), [0, 1], cache)
+    with pytest.raises(ValueError, match="KVCache"):
+        model(torch.tensor([[3]]), [1, 0], cache)
+
+
+def test_generate_ends_before_a_stop_token_and_at_the_last_position():
+    model = random_model(max_position_embeddings=12)
+    free = model.generate([1, 2, 3], max_new_tokens=100)
+    assert len(free) == 12 - 3 + 1  # the last token needs no position of its own
+    stop = {free[4]}
+    assert model.generate([1, 2, 3], max_new_tokens=100, stop=stop) == free[:free.index(free[4])]
+
+
+def test_a_verdict_is_generate_and_exact_match(tiny):
+    model, tokenizer, stop = tiny
+    rng, verdicts = random.Random(0), Counter()
+    for problem in data.load("arithmetic")[:10]:
+        chains = [random_chain(rng, 12) for _ in range(30)]
+        sample = cola.Sample(*tiny, problem)
+        written = tokenizer.decode(model.generate(sample.prompt, chains[0], 8, stop))  # what some chain does write
+        for answer in {problem.answer, written[1:]} - {""}:
+            sample = cola.Sample(*tiny, replace(problem, answer=answer))
+            for chain, verdict in zip(chains, sample.verify(chains), strict=True):
+                tokens = model.generate(sample.prompt, chain, len(sample.target) + 1, stop)
+                assert verdict == data.exact_match(tokenizer.decode(tokens), answer)
+                verdicts[verdict] += 1
+    assert min(verdicts[True], verdicts[False]) > 40
+
+
+def test_an_answer_without_stop_is_complete_as_it_stands():
+    model = random_model()
+    for chain in chains_of(5):
+        answer = model.generate([7, 8, 9], chain, max_new_tokens=2)
+        end = model.generate([7, 8, 9], chain, max_new_tokens=3)[2]
+        assert Verifier(model, [7, 8, 9], answer)([chain]) == [True]
+        assert Verifier(model, [7, 8, 9], answer, stop={end})([chain]) == [True]
+        assert Verifier(model, [7, 8, 9], answer, stop={end + 1})([chain]) == [False]
+        assert Verifier(model, [7, 8, 9], [answer[0], answer[1] + 1])([chain]) == [False]
+
+
+def test_dtype_and_device_are_what_was_asked_for():
+    model = Llama.from_pretrained(cola.TINY, device="cpu", dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+    assert {weight.dtype for weight in Llama.from_pretrained(cola.TINY, "cpu").parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_computes_the_same():
+    tokens = torch.randint(280, (2, 30))
+    for chain in chains_of(12):
+        on_cpu = Llama.from_pretrained(cola.TINY, "cpu")(tokens, chain)
+        on_gpu = Llama.from_pretrained(cola.TINY, "cuda", torch.float32)(tokens.cuda(), chain)
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
+
+
+# transformers as the oracle. Its ModuleList takes the chain's layers, each a copy that knows its place.
+
+def oracle_with_chain(oracle, chain):
+    oracle = copy.deepcopy(oracle)
+    config, layers = oracle.model.config, oracle.model.layers
+    oracle.model.layers = torch.nn.ModuleList(copy.deepcopy(layers[i]) for i in chain)
+    for step, layer in enumerate(oracle.model.layers):
+        layer.self_attn.layer_idx = step
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in chain]
+    config.num_hidden_layers = len(chain)
+    return oracle
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+OLMOE = {"num_experts": 6, "num_experts_per_tok": 2}
+QWEN2_MOE = OLMOE | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+FAMILIES = {
+    # name: (class in transformers, its settings)
+    "Llama": ("Llama", {}),
+    "Llama, tied head": ("Llama", {"tie_word_embeddings": True}),
+    "Llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "Llama, head_dim": ("Llama", {"head_dim": 24}),
+    "Llama, one key/value head": ("Llama", {"num_key_value_heads": 1}),
+    "Llama, all key/value heads": ("Llama", {"num_key_value_heads": 4}),
+    "Llama, other constants": ("Llama", {"rms_norm_eps": 1e-2,
+                                         "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}),
+    "Llama, linear RoPE": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "Llama 3.1": ("Llama", {"rope_parameters": LLAMA3}),
+    "Mistral": ("Mistral", {"sliding_window": 80}),
+    "Mistral without window": ("Mistral", {"sliding_window": None}),
+    "Qwen2": ("Qwen2", {}),
+    "Qwen3": ("Qwen3", {"head_dim": 24}),
+    "Qwen3, biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "OLMoE": ("Olmoe", OLMOE),
+    "OLMoE, normalized and clipped": ("Olmoe", OLMOE | {"norm_topk_prob": True, "clip_qkv": 0.5}),
+    "Qwen2-MoE": ("Qwen2Moe", QWEN2_MOE),
+    "Qwen2-MoE, some dense layers": ("Qwen2Moe", QWEN2_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2,
+                                                              "mlp_only_layers": [3]}),
+    "Qwen3-MoE": ("Qwen3Moe", OLMOE | {"moe_intermediate_size": 24, "head_dim": 24}),
+}
+
+
+def save_random(transformers, folder, name, **saving):
+    """A random small checkpoint of a family, and the model of transformers that wrote it."""
+    family, settings = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{
+        "vocab_size": 90, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+        "initializer_range": 0.2, **settings})
+    oracle = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, weight in oracle.named_parameters():  # norms and biases start at 1 and 0, where errors would not show
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
+    oracle.save_pretrained(folder, **saving)
+    return oracle
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_text_equal_transformers(name, tmp_path):
+    oracle = save_random(pytest.importorskip("transformers"), tmp_path, name)
+    model = Llama.from_pretrained(tmp_path, "cpu", torch.float32)
+    tokens = torch.randint(90, (2, 70))
+    for chain in chains_of(5):
+        expected = oracle_with_chain(oracle, chain)
+        with torch.inference_mode():
+            logits, reference = model(tokens, chain), expected(tokens).logits
+            assert (logits - reference).norm() < 1e-4 * reference.norm()
+            if chain:  # transformers cannot cache without layers
+                text = expected.generate(tokens[:1, :9], max_new_tokens=8, do_sample=False)[0, 9:].tolist()
+                assert model.generate(tokens[0, :9].tolist(), chain, max_new_tokens=8) == text
+
+
+@pytest.mark.parametrize("name", ["Llama, linear RoPE", "Llama 3.1", "Llama, other constants"])
+def test_the_config_of_transformers_4_means_the_same(name, tmp_path):
+    save_random(pytest.importorskip("transformers"), tmp_path, name)
+    tokens, file = torch.randint(90, (2, 70)), tmp_path / "config.json"
+    logits = Llama.from_pretrained(tmp_path, "cpu", torch.float32)(tokens)
+    raw = json.loads(file.read_text())
+    rope = raw.pop("rope_parameters")
+    raw |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if rope["rope_type"] == "default" else rope}
+    if name == "Llama, linear RoPE":
+        rope["type"] = rope.pop("rope_type")
+    file.write_text(json.dumps(raw))
+    assert torch.equal(Llama.from_pretrained(tmp_path, "cpu", torch.float32)(tokens), logits)
+
+
+def test_weights_in_several_files_are_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_random(transformers, tmp_path / "one", "OLMoE")
+    save_random(transformers, tmp_path / "many", "OLMoE", max_shard_size="100KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    one, many = (Llama.from_pretrained(tmp_path / name, "cpu").state_dict() for name in ("one", "many"))
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_a_sliding_window_limits_the_positions(tmp_path):
+    save_random(pytest.importorskip("transformers"), tmp_path, "Mistral")
+    with pytest.raises(ValueError, match="80 positions"):
+        Llama.from_pretrained(tmp_path, "cpu")(torch.zeros(1, 81, dtype=torch.long))
+
+
+# mcts.py
+
+def planted(goal):
+    """Right are the chains that hold the goal's layers in the goal's order: the shortest is the goal itself."""
+    def score(chains):
+        return [all(layer in rest for rest in [iter(chain)] for layer in goal) for chain in chains]
+    return score
+
+
+@pytest.mark.parametrize("goal", [(0, 1, 2, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7), (2,), ()], ids=str)
+def test_search_finds_a_planted_optimum(goal):
+    assert mcts.search(planted(goal), n_layers=8, simulations=400).best == goal
+
+
+def test_search_fixes_a_wrong_sample_by_a_loop():
+    result = mcts.search(lambda chains: [chain.count(3) > 1 for chain in chains], n_layers=6, simulations=300)
+    assert not result.evaluated[tuple(range(6))]
+    assert result.best.count(3) == 2 and len(result.best) < 6
+
+
+def test_search_spends_exactly_its_budget_on_distinct_chains():
+    asked = []
+
+    def score(chains):
+        asked.extend(chains)
+        return [len(chain) % 3 == 0 for chain in chains]
+    result = mcts.search(score, n_layers=9, simulations=150)
+    assert len(asked) == len(set(asked)) == 150
+    assert list(result.evaluated) == asked and asked[0] == tuple(range(9))
+
+
+def test_search_is_deterministic_for_a_seed():
+    runs = [mcts.search(planted((0, 3, 4)), 8, 100, seed=seed).evaluated for seed in (5, 5, 6)]
+    assert list(runs[0]) == list(runs[1]) != list(runs[2])
+
+
+@pytest.mark.parametrize("max_skip, max_loop", [(0, 0), (1, 0), (0, 1), (4, 1)])
+def test_search_exhausts_a_small_space_and_ends(max_skip, max_loop):
+    n_layers = 2 if max_loop else 4
+
+    def allowed(chain):
+        steps = zip((-1, *chain), chain)
+        return all(last + 1 - max_loop <= layer <= last + 1 + max_skip for last, layer in steps)
+    lengths = range(2 * n_layers + 1)
+    space = {chain for n in lengths for chain in itertools.product(range(n_layers), repeat=n) if allowed(chain)}
+    result = mcts.search(lambda chains: [True] * len(chains), n_layers, 10**6, max_skip=max_skip, max_loop=max_loop)
+    assert set(result.evaluated) == space
+
+
+def test_best_has_the_highest_reward_among_right_chains():
+    scores = {(0, 1, 2, 3): 0.5, (0,): 0.0, (0, 1): 0.5, (0, 1, 2): 0.9, (2, 3): 0.5}
+    assert mcts.Result(scores, n_layers=4, depth_penalty=0.2).best == (0, 1, 2)
+    assert mcts.Result(scores, n_layers=4, depth_penalty=2.0).best == (0, 1)
+    assert mcts.Result({(0, 1): 0}, n_layers=2, depth_penalty=0.2).best is None
+
+
+# data.py
+
+def test_arithmetic_is_correct_distinct_and_held_out():
+    for level, numbers in data.NUMBERS.items():
+        problems = data.load(f"arithmetic-{level}")
+        assert len({problem.question for problem in problems}) == len(problems) == data.SIZE
+        for problem in problems:
+            sum_ = problem.question.removeprefix("What is ").removesuffix("?")
+            assert len(re.findall(r"\d+", sum_)) == numbers and problem.answer == str(eval(sum_))
+            assert data.is_test(problem.question)
+        commonest = Counter(problem.answer for problem in problems).most_common(1)[0][1]
+        assert commonest < 0.08 * len(problems)
+    assert data.load("arithmetic") == data.load("arithmetic")
+    assert [problem.id[11] for problem in data.load("arithmetic")[:6]] == ["1", "2", "3", "4", "5", "1"]
+
+
+def test_worked_examples_never_come_from_the_test_problems():
+    for problem in data.load("arithmetic-2", shots=3)[:50]:
+        *examples, question = re.findall("Question: (.*)\n", problem.prompt)
+        assert len(examples) == 3 and question == problem.question
+        assert not any(map(data.is_test, examples))
+
+
+ROWS = {
+    "arc": ({"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"},
+            "Question: Hot?\nA. ice\nB. fire\nAnswer:", "B"),
+    "math": ({"problem": "What is $1+1$?", "answer": "2", "level": 1}, "Question: What is $1+1$?\nAnswer:", "2"),
+    "gsm8k": ({"question": "How many?", "answer": "3 * 6 = 18\n#### 1,018"}, "Question: How many?\nAnswer:", "1018"),
+    "plain": ({"question": "1 + 1?", "answer": 2}, "Question: 1 + 1?\nAnswer:", "2"),
+}
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_rows_of_every_form(form, tmp_path):
+    row, prompt, answer = ROWS[form]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n\n" + json.dumps(row | {"id": "last"}))
+    first, last = data.load(str(file))
+    assert (first.prompt, first.answer, last.id) == (prompt, answer, "last")
+    assert bool(first.choices) == (form == "arc")
+    assert data.load(str(file), shots=1)[1].prompt == f"{prompt} {answer}\n\n{prompt}"
+
+
+def test_exact_match_is_literal_but_for_outer_white_space():
+    assert data.exact_match(" 12\n", "12")
+    assert not any(data.exact_match(text, "12") for text in ("12.", "012", "1 2", "", "12 or 13"))
+
+
+# cola.py
+
+@pytest.mark.parametrize("text, chain", [("0-5,5,8-11", (*range(6), 5, *range(8, 12))), ("3", (3,)), ("", ()),
+                                         ("2,1,0", (2, 1, 0)), ("0-1,0-1", (0, 1, 0, 1))])
+def test_chains_are_read_and_written(text, chain):
+    assert cola.parse_chain(text, 12) == chain and cola.format_chain(chain) == text
+
+
+def test_drawing_shows_skips_loops_and_cuts():
+    assert cola.draw((0, 1, 3, 2, 3), 6) == ["layers   0 1 2 3 4 5",
+                                             "first    0 1 . 3",
+                                             "then         2 3 x x"]
+    assert cola.draw((), 2) == ["layers   0 1", "first    x x"]
+    assert cola.explain((0, 1, 3, 3), 6) == "skips 2; loops 3; cuts off 4-5"
+    assert cola.explain(range(6), 6) == "every layer once"
+
+
+def test_stop_ids_are_the_end_token_and_new_lines(tiny):
+    model, tokenizer, stop = tiny
+    assert model.config.eos_token_id in stop and tokenizer.encode("\n").ids[0] in stop
+    assert not stop & set(tokenizer.encode("Question: What is -12 + 7?").ids)
+
+
+def test_prompt_tokens_are_a_prefix_of_prompt_and_answer(tiny):
+    _, tokenizer, _ = tiny
+    for problem in data.load("arithmetic")[:50]:
+        prompt, answer = cola.encode(tokenizer, problem.prompt, problem.answer)
+        assert tokenizer.decode(prompt) == problem.prompt and tokenizer.decode(answer) == f" {problem.answer}"
+
+
+def test_tiny_is_as_accurate_as_its_readme_says(tiny):
+    table = re.findall(r"^\| (\d) \|.*\| ([\d.]+) % \|$", (cola.TINY / "README.md").read_text(), re.MULTILINE)
+    assert len(table) == len(data.NUMBERS)
+    for level, percent in table:
+        sample = [cola.Sample(*tiny, problem) for problem in data.load(f"arithmetic-{level}")[:60]]
+        share, recorded = sum(s.verify([range(12)])[0] for s in sample) / 60, float(percent) / 100
+        assert abs(share - recorded) < 0.02 + 4 * (recorded * (1 - recorded) / 60) ** 0.5
+
+
+def run_main(capsys, *arguments):
+    """Exit code, stdout, stderr of the command."""
+    try:
+        code = cola.main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    return code, *capsys.readouterr()
+
+
+def test_command_end_to_end(tmp_path):
+    """From another working directory, as a process of its own, with a chain that the printed result repeats."""
+    command = [sys.executable, ROOT / "cola.py", "--sample-id", "12", "--simulations", "60"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    problem = data.load("arithmetic")[12]
+    assert problem.question in done.stdout and "60 chains evaluated" in done.stdout
+    assert re.search(r"^full +'.*', (right|wrong), depth 12 of 12$", done.stdout, re.MULTILINE)
+    chain = re.search(r"^chain +(\S+)$", done.stdout, re.MULTILINE)[1]
+    assert f"best      '{problem.answer}', right, depth {len(cola.parse_chain(chain, 12))} of 12" in done.stdout
+
+
+def test_command_runs_one_chain(capsys):
+    code, out, err = run_main(capsys, "--sample-id", 0, "--chain", "0-5,5,8-11")
+    assert (code, err) == (None, "")
+    assert re.search(r"^answer +'.*', (right|wrong), depth 11 of 12$", out, re.MULTILINE)
+    assert "skips 6-7; loops 5" in out
+
+
+def test_command_says_plainly_when_nothing_was_found(capsys, tmp_path):
+    (tmp_path / "odd.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "neither"}')
+    code, out, err = run_main(capsys, "--sample-id", 0, "--dataset", tmp_path / "odd.jsonl", "--simulations", 20)
+    assert (code, err) == (None, "") and "no chain that answers right was found" in out
+
+
+def test_best_chains_that_generation_does_not_confirm_are_discarded(capsys, monkeypatch):
+    monkeypatch.setattr(Verifier, "__call__", lambda self, chains: [len(chain) == 3 or len(chain) == 12 for chain in chains])
+    code, out, err = run_main(capsys, "--sample-id", 0)
+    assert (code, err) == (None, "") and "did not confirm" in out and "depth 12 of 12\nchain" in out
+
+
+def bad_rows(tmp_path, text):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return ["--dataset", file]
+
+
+ARC = '{"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "%s"}'
+BAD_INPUT = {
+    # name: (what the line must say, arguments after --sample-id 0, from a fresh folder)
+    "sample id out of range": ("out of range", lambda tmp: ["--sample-id", 10**6]),
+    "sample id negative": ("out of range", lambda tmp: ["--sample-id", -1]),
+    "sample id no number": ("invalid int", lambda tmp: ["--sample-id", "x"]),
+    "unknown flag": ("unrecognized", lambda tmp: ["--sampleid", 3]),
+    "unknown dataset": ("arithmetic-5", lambda tmp: ["--dataset", "arithmetics"]),
+    "negative shots": ("shots", lambda tmp: ["--shots", -1]),
+    "too many shots": ("fewer --shots", lambda tmp: [*bad_rows(tmp, ARC % "A"), "--shots", 1]),
+    "no simulations": ("simulations", lambda tmp: ["--simulations", 0]),
+    "negative penalty": ("depth_penalty", lambda tmp: ["--depth-penalty", -1]),
+    "nan penalty": ("depth_penalty", lambda tmp: ["--depth-penalty", "nan"]),
+    "negative window": ("max_skip", lambda tmp: ["--max-skip", -1]),
+    "layer out of range": ("0 to 11", lambda tmp: ["--chain", "0-5,12"]),
+    "malformed chain": ("0-5,5,8-11", lambda tmp: ["--chain", "0-5,,7"]),
+    "backward range": ("0-5,5,8-11", lambda tmp: ["--chain", "5-0"]),
+    "device not there": ("device", lambda tmp: ["--device", "cuda:99"]),
+    "device unknown": ("device", lambda tmp: ["--device", "toaster"]),
+    "dtype unknown": ("float32", lambda tmp: ["--dtype", "float8"]),
+    "file missing": ("neither a file", lambda tmp: ["--dataset", tmp / "missing.jsonl"]),
+    "file is a folder": ("neither a file", lambda tmp: ["--dataset", tmp]),
+    "file empty": ("no rows", lambda tmp: bad_rows(tmp, "")),
+    "file not text": ("UTF-8", lambda tmp: bad_rows(tmp, b"\xff\xfe\x00")),
+    "file not json": ("line 2", lambda tmp: bad_rows(tmp, ARC % "A" + "\nhello")),
+    "row no object": ("line 1", lambda tmp: bad_rows(tmp, "[1]")),
+    "row without question": ("no question", lambda tmp: bad_rows(tmp, '{"answer": "1"}')),
+    "row without answer": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q"}')),
+    "row with empty answer": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": " "}')),
+    "answer key no choice": ("'C'", lambda tmp: bad_rows(tmp, ARC % "C")),
+    "choices malformed": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('"x", ', ""))),
+    "prompt too long": ("positions", lambda tmp: bad_rows(tmp, '{"question": "%s", "answer": "1"}' % ("Q " * 600))),
+    "model missing": ("--model", lambda tmp: ["--model", tmp / "missing"]),
+    "model folder empty": ("config.json", lambda tmp: ["--model", tmp]),
+    "model of another type": ("'bert'", lambda tmp: ["--model", write_checkpoint(tmp / "m", model_type="bert")]),
+    "unknown activation": ("'gelu'", lambda tmp: ["--model", write_checkpoint(tmp / "m", hidden_act="gelu")]),
+    "unknown rope": ("'yarn'", lambda tmp: ["--model", write_checkpoint(tmp / "m", rope_parameters={"rope_type": "yarn"})]),
+    "config incomplete": ("vocab_size", lambda tmp: ["--model", write_checkpoint(tmp / "m", vocab_size=None)]),
+    "config nonsense": ("decoder", lambda tmp: ["--model", write_checkpoint(tmp / "m", hidden_size="big")]),
+    "extra layer": ("missing", lambda tmp: ["--model", write_checkpoint(tmp / "m", num_hidden_layers=13)]),
+    "one layer less": ("no such", lambda tmp: ["--model", write_checkpoint(tmp / "m", num_hidden_layers=11)]),
+    "other shape": ("shape", lambda tmp: ["--model", write_checkpoint(tmp / "m", intermediate_size=64)]),
+    "untied head missing": ("lm_head", lambda tmp: ["--model", write_checkpoint(tmp / "m", tie_word_embeddings=False)]),
+}
+
+
+def broken(tmp, name, content):
+    folder = write_checkpoint(tmp / "m")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content((folder / name).read_bytes()))
+    return ["--model", folder]
+
+
+def one_tensor(tmp, change):
+    tensors = tiny_tensors()
+    change(tensors)
+    return ["--model", write_checkpoint(tmp / "m", tensors)]
+
+
+BAD_INPUT |= {
+    "config not json": ("JSON", lambda tmp: broken(tmp, "config.json", lambda old: old[:-9])),
+    "config no object": ("JSON", lambda tmp: broken(tmp, "config.json", lambda old: b"[]")),
+    "weights missing": ("missing", lambda tmp: broken(tmp, "model.safetensors", None)),
+    "weights truncated": ("whole", lambda tmp: broken(tmp, "model.safetensors", lambda old: old[:len(old) // 2])),
+    "weights garbage": ("whole", lambda tmp: broken(tmp, "model.safetensors", lambda old: b"\x93garbage" * 99)),
+    "weights empty": ("whole", lambda tmp: broken(tmp, "model.safetensors", lambda old: b"")),
+    "tokenizer missing": ("tokenizer.json", lambda tmp: broken(tmp, "tokenizer.json", None)),
+    "tokenizer broken": ("tokenizer", lambda tmp: broken(tmp, "tokenizer.json", lambda old: old[:99])),
+    "tensor missing": ("missing", lambda tmp: one_tensor(tmp, lambda t: t.pop("model.norm.weight"))),
+    "tensor unknown": ("no such", lambda tmp: one_tensor(tmp, lambda t: t.update(extra=torch.zeros(2)))),
+    "tensor with nan": ("NaN", lambda tmp: one_tensor(tmp, lambda t: t["model.norm.weight"][3:4].fill_(float("nan")))),
+    "index garbage": ("index", lambda tmp: ["--model", write_checkpoint(tmp / "m"), *(
+        (tmp / "m" / "model.safetensors.index.json").write_text("{}") and [])]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_in_one_line_and_exit_code_2(name, capsys, tmp_path):
+    says, arguments = BAD_INPUT[name]
+    code, out, err = run_main(capsys, "--sample-id", 0, "--simulations", 5, *arguments(tmp_path))
+    assert code == 2 and err.startswith("cola.py: ") and err.count("\n") == 1 and says in err
