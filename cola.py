@@ -8,7 +8,6 @@ Follows CoLa (arXiv 2507.07996): the layers of a pretrained LLM are modules that
 reordered for each input, with no training. Layers are numbered from 0; a chain reads like 0-5,5,8-11.
 """
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -16,12 +15,13 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch mentions it, nothing here needs it
 import torch
-from tokenizers import Tokenizer
+from huggingface_hub.errors import (GatedRepoError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+                                    RepositoryNotFoundError, RevisionNotFoundError)
 from tqdm import tqdm
 
 import data
 import mcts
-from model import Llama, Verifier
+from model import Llama, Verifier, fetch
 
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded checkpoint
 
@@ -40,8 +40,12 @@ def parser():
     sample.add_argument("--dataset", default="arithmetic", metavar="NAME",
                         help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
     sample.add_argument("--shots", type=int, default=0, metavar="N", help="worked examples before the question (default: 0)")
+    sample.add_argument("--split", metavar="NAME", help="train, validation or test, for arc and gsm8k (default: test)")
+    sample.add_argument("--no-chat", action="store_true", help="give a chat model the plain prompt of a base model")
     model = p.add_argument_group("model")
-    model.add_argument("--model", default="tiny", metavar="DIR", help="checkpoint folder (default: the embedded tiny)")
+    model.add_argument("--model", default="tiny", metavar="NAME",
+                       help="a checkpoint's folder, or its org/name on the hub (default: the embedded tiny)")
+    model.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)")
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                        help="default: bfloat16 on cuda, float32 on cpu")
@@ -62,56 +66,10 @@ def parser():
 
 
 def load_checkpoint(args):
-    """The model, its tokenizer, and the set of ids that end an answer."""
-    folder = TINY if args.model == "tiny" else Path(args.model)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; --model takes a folder with config.json, tokenizer.json and "
-                                "safetensors weights")
-    model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
-    tokenizer = load_tokenizer(folder)
-    return model, tokenizer, stop_ids(tokenizer, end_tokens(folder))
-
-
-def load_tokenizer(folder):
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; a checkpoint needs its tokenizer in this form")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file} is not a tokenizer ({error}); fetch it again") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def end_tokens(folder):
-    """The checkpoint's end-of-text ids, as generation_config.json or else config.json names them."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            try:
-                ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError):
-                raise ValueError(f"{folder / name} is not a JSON object; fetch the checkpoint again") from None
-            if ids is not None:
-                return set(ids if isinstance(ids, list) else [ids])
-    return set()
-
-
-def stop_ids(tokenizer, end_tokens):
-    """Ids that end an answer: the end tokens, and every token whose text begins with a new line."""
-    ids = range(tokenizer.get_vocab_size())
-    texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
-    return end_tokens | {i for i, text in zip(ids, texts) if text.startswith("\n")}
-
-
-def encode(tokenizer, prompt, answer):
-    """Token ids of the prompt, and of the answer as it goes on from there."""
-    ids = tokenizer.encode(prompt).ids
-    both = tokenizer.encode(f"{prompt} {answer}").ids
-    if both[:len(ids)] == ids:
-        return ids, both[len(ids):]
-    return ids, tokenizer.encode(f" {answer}", add_special_tokens=False).ids
+    """The model and its tokenizer. Raises ValueError or OSError with one line that says what to do."""
+    folder = TINY if args.model == "tiny" else fetch(args.model, args.revision)
+    tokenizer = data.Tokenizer(folder, chat=not args.no_chat)
+    return Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype)), tokenizer
 
 
 def parse_chain(text, n_layers):
@@ -183,15 +141,15 @@ def explain(chain, n_layers):
 class Sample:
     """A problem as one model sees it: its tokens, the answers that chains give, and the verifier for the search."""
 
-    def __init__(self, model, tokenizer, stop, problem):
+    def __init__(self, model, tokenizer, problem):
         self.model, self.tokenizer, self.problem = model, tokenizer, problem
-        self.prompt, self.target = encode(tokenizer, problem.prompt, problem.answer)
+        self.prompt, self.target = tokenizer.encode(problem)
         if max(self.prompt + self.target) >= model.config.vocab_size:
             raise ValueError("the tokenizer has more tokens than the model; fetch the checkpoint again")
         if len(self.prompt) + len(self.target) > model.config.max_position_embeddings:
             raise ValueError(f"the prompt has {len(self.prompt)} tokens, the answer {len(self.target)}, the model only "
                              f"{model.config.max_position_embeddings} positions; take another sample or fewer --shots")
-        self.stop = None if problem.choices else stop  # a letter is complete as it stands
+        self.stop = None if problem.choices else tokenizer.stop  # a letter is complete as it stands
         self.verify = Verifier(model, self.prompt, self.target, self.stop)
 
     def answer(self, chain):
@@ -203,7 +161,7 @@ class Sample:
 
 def load_sample(args):
     """The Sample that the arguments ask for. Raises ValueError or OSError with one line that says what to do."""
-    problems = data.load(args.dataset, args.shots)
+    problems = data.load(args.dataset, args.shots, args.split)
     if not 0 <= args.sample_id < len(problems):
         raise ValueError(f"sample id {args.sample_id} is out of range; {args.dataset} has 0 to {len(problems) - 1}")
     return Sample(*load_checkpoint(args), problems[args.sample_id])
@@ -230,7 +188,8 @@ def run(args):
     size = sum(parameter.numel() for parameter in model.parameters())
     say("model", f"{args.model}: {n_layers} layers, {size / 1e6:.1f}M parameters, {weight.device}, "
                  f"{str(weight.dtype).removeprefix('torch.')}")
-    say("sample", f"{args.dataset} {args.sample_id} ({problem.id})")
+    say("sample", f"{args.dataset} {args.sample_id} ({problem.id}), {'chat' if sample.tokenizer.chat else 'plain'} prompt of "
+                  f"{len(sample.prompt)} tokens")
     say("question", problem.question)
     say("gold", problem.answer)
     if chain is not None:
@@ -263,13 +222,28 @@ def run(args):
         say("discarded", f"{discarded} better chains whose answer plain generation did not confirm")
 
 
+def one_line(error):
+    """What went wrong and what to do, for the errors that the loading functions raise."""
+    if isinstance(error, GatedRepoError):
+        return "this repository is gated; accept its licence on its page on the hub, then log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "this repository has no such revision; give --revision a branch, a tag or a commit of it"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such folder, and no such repository on the hub; check the name, or log in with `hf auth login`"
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return "not a folder, nor wholly in the hub's cache, and the hub cannot be reached; try again online"
+    if isinstance(error, HTTPError):
+        return f"the hub does not answer as it should ({' '.join(str(error).split())}); try again later"
+    return " ".join(str(error).split())
+
+
 def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the question
     args = parser().parse_args(argv)
     try:
         run(args)
-    except (ValueError, OSError) as error:
-        print(f"cola.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, HTTPError) as error:
+        print(f"cola.py: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("cola.py: interrupted", file=sys.stderr)

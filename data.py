@@ -1,11 +1,13 @@
-"""Problems: a prompt, the right answer, exact match. Every dataset becomes a list of `Problem`s with one form of prompt:
+"""Problems: question, right answer, exact match; and their way to token ids.
+
+Every dataset becomes a list of `Problem`s with one form of prompt:
 
     Question: What is 12 + 7?           Question: What is a cat?
     Answer:                             A. an animal
                                         B. a plant
                                         Answer:
 
-The right continuations are " 19" and " A".
+The right continuations are " 19" and " A". A chat model gets the same question as a message, in its own template.
 
 References: ARC, arXiv 1803.05457; MATH, arXiv 2103.03874; GSM8K, arXiv 2110.14168; levels of difficulty as in
 DART-Math, arXiv 2407.13690.
@@ -14,12 +16,23 @@ import hashlib
 import json
 import random
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
+import jinja2.ext
+from huggingface_hub import cached_assets_path, constants, get_session, hf_hub_download
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as RustTokenizer
+
 NUMBERS = {1: 2, 2: 3, 3: 4, 4: 6, 5: 7}  # how many numbers a problem of each arithmetic level adds and subtracts
-DATASETS = ("arithmetic", *(f"arithmetic-{level}" for level in NUMBERS))
 LIMIT = 100  # every number is below
-SIZE = 2000  # problems in each of them
+SIZE = 2000  # problems in each arithmetic dataset
+VIEWED = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read through the hub's dataset viewer: repository, config
+          "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge"),
+          "gsm8k": ("openai/gsm8k", "main")}
+DATASETS = ("arithmetic", *(f"arithmetic-{level}" for level in NUMBERS), *VIEWED,
+            "math", *(f"math-{level}" for level in range(1, 6)))
 
 
 @dataclass(frozen=True)
@@ -31,44 +44,66 @@ class Problem:
       question: the text asked, with the choices where there are any.
       answer: what the model has to write; for multiple choice a label such as "B".
       choices: the labels to choose from; empty where the answer is free.
-      prompt: the text before the answer: worked examples, if asked for, and the question.
+      level: its difficulty, where the dataset says so.
+      examples: worked examples to show before it, as Problems.
     """
     id: str
     question: str
     answer: str
     choices: tuple = ()
-    prompt: str = ""
+    level: int | None = None
+    examples: tuple = ()
+
+    @property
+    def prompt(self):
+        """The text to continue, for base models."""
+        solved = "".join(f"Question: {example.question}\nAnswer: {example.answer}\n\n" for example in self.examples)
+        return f"{solved}Question: {self.question}\nAnswer:"
+
+    @property
+    def messages(self):
+        """The conversation to continue, for chat models: they like to explain, so they are asked for the bare answer."""
+        wish = "Answer with the letter of the right choice only." if self.choices else "Answer with the final answer only."
+        turns = []
+        for problem in (*self.examples, self):
+            turns += [{"role": "user", "content": f"{problem.question}\n{wish}"},
+                      {"role": "assistant", "content": problem.answer}]
+        return turns[:-1]
 
 
-def load(dataset, shots=0):
+def load(dataset, shots=0, split=None):
     """All problems of a dataset; a sample id is a position in this list.
 
     Args:
-      dataset: "arithmetic" (levels mixed), "arithmetic-1" to "arithmetic-5", or the path of a JSON Lines file.
+      dataset: a name in DATASETS, or the path of a JSON Lines file.
       shots: how many worked examples to put before each question.
-    Raises ValueError or OSError with one line that says what to do.
+      split: "train", "validation" or "test", for benchmarks that have several; None means "test".
+    Raises ValueError or OSError (huggingface_hub's errors are among these) that says what is wrong.
     """
     if shots < 0:
         raise ValueError(f"shots must be 0 or more, not {shots}")
-    if dataset in DATASETS:
+    if split is not None and dataset not in VIEWED:
+        raise ValueError(f"{dataset} has no splits; leave --split out")
+    if dataset.startswith("arithmetic") and dataset in DATASETS:
         levels = [int(dataset[-1])] if dataset[-1].isdigit() else list(NUMBERS)
         problems = by_turns([arithmetic(level, SIZE // len(levels)) for level in levels])
         examples = by_turns([arithmetic(level, shots, test=False) for level in levels])[:shots]
-    elif Path(dataset).is_file():
-        problems = read_jsonl(dataset)
+    else:
+        if dataset in VIEWED:
+            problems = read_jsonl(fetch_rows(*VIEWED[dataset], split or "test"))
+        elif dataset in DATASETS:
+            problems = read_jsonl(hf_hub_download("HuggingFaceH4/MATH-500", "test.jsonl", repo_type="dataset"))
+            problems = [problem for problem in problems if dataset in ("math", f"math-{problem.level}")]
+        elif Path(dataset).is_file():
+            problems = read_jsonl(dataset)
+        else:
+            raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
         examples = problems[:shots + 1]  # one more, for no problem is its own example
         if len(examples) <= shots:
-            raise ValueError(f"{dataset} has {len(problems)} rows, too few for {shots} worked examples; use fewer --shots")
-    else:
-        raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
-    return [replace(problem, prompt=prompt(problem, [e for e in examples if e != problem][:shots]))
-            for problem in problems]
-
-
-def prompt(problem, examples):
-    """The one form of prompt for all datasets and models."""
-    solved = "".join(f"Question: {example.question}\nAnswer: {example.answer}\n\n" for example in examples)
-    return f"{solved}Question: {problem.question}\nAnswer:"
+            raise ValueError(f"{dataset} has too few rows ({len(problems)}) for {shots} worked examples; use fewer --shots")
+    if not shots:
+        return problems
+    return [replace(problem, examples=tuple([e for e in examples if e != problem][:shots])) for problem in problems]
 
 
 def exact_match(prediction, answer):
@@ -101,7 +136,7 @@ def arithmetic(level, size, test=True):
         question, answer = random_sum(rng, NUMBERS[level])
         if is_test(question) == test:
             answers[question] = answer
-    return [Problem(f"arithmetic-{level}/{i}", *row) for i, row in enumerate(answers.items())]
+    return [Problem(f"arithmetic-{level}/{i}", *row, level=level) for i, row in enumerate(answers.items())]
 
 
 def by_turns(lists):
@@ -150,4 +185,138 @@ def read_row(row, where, position):
             answer = answer.rpartition("####")[2].replace(",", "")
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError(f'{where}: no answer; a row needs it under "answer", or "answerKey" with choices')
-    return Problem(str(row.get("id", row.get("unique_id", position))), question, str(answer).strip(), choices)
+    return Problem(str(row.get("id", row.get("unique_id", position))), question, str(answer).strip(), choices,
+                   row.get("level"))
+
+
+# The hub's dataset viewer serves every dataset as JSON, whatever its own format.
+
+def fetch_rows(repo, config, split):
+    """The path of a JSON Lines file with all rows of a hub dataset, fetched once and then found in the hub's cache."""
+    file = cached_assets_path("cola", repo, f"{config}--{split}") / "rows.jsonl"
+    if file.is_file():
+        return file
+    viewer = constants.ENDPOINT.replace("https://", "https://datasets-server.")
+    rows, total = [], 1  # at least one, until the viewer says how many
+    with tqdm(desc=f"{repo} {split}", unit="row", disable=None) as bar:
+        while len(rows) < total:
+            query = {"dataset": repo, "config": config, "split": split, "offset": len(rows), "length": 100}
+            answer = get_session().get(f"{viewer}/rows", params=query, headers=build_hf_headers(), timeout=30)
+            hf_raise_for_status(answer)
+            try:
+                page = answer.json()
+                total = bar.total = page["num_rows_total"]
+                in_order = [row["row_idx"] for row in page["rows"]] == [*range(len(rows), min(total, len(rows) + 100))]
+            except (ValueError, KeyError, TypeError):
+                in_order = False
+            if not in_order:
+                raise ValueError(f"{viewer} did not send the rows of {repo} that it was asked for; try again later")
+            rows += page["rows"]
+            bar.update(len(page["rows"]))
+    partial = file.with_suffix(".partial")  # so that a file of the final name is always whole
+    partial.write_text("".join(json.dumps(row["row"]) + "\n" for row in rows), encoding="utf-8")
+    return partial.replace(file)
+
+
+class Tokenizer:
+    """Text to token ids and back, the way the checkpoint's authors do it.
+
+    Args:
+      folder: of the checkpoint; tokenizer.json is needed, tokenizer_config.json, chat_template.jinja and
+        generation_config.json are used where they are there.
+      chat: whether to put problems through the chat template, where there is one.
+    Attributes:
+      chat: whether that is done.
+      stop: set of ids that end an answer: end-of-text tokens, and all whose text begins with a new line.
+    Raises ValueError, or OSError for a missing file, with one line that says what to do.
+    """
+
+    def __init__(self, folder, chat=True):
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; a checkpoint needs its tokenizer in this form")
+        try:
+            self.tokenizer = RustTokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{file} is not a tokenizer ({error}); fetch the checkpoint again") from None
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.settings = read_json(folder / "tokenizer_config.json")
+        self.template = self.find_template(folder) if chat else None
+        self.chat = self.template is not None
+        ends = read_json(folder / "generation_config.json").get("eos_token_id")
+        ends = read_json(folder / "config.json").get("eos_token_id") if ends is None else ends
+        ids = range(self.tokenizer.get_vocab_size())
+        texts = self.tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+        self.stop = {i for i, text in zip(ids, texts) if text.startswith("\n")}
+        self.stop |= {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
+
+    def find_template(self, folder):
+        if (folder / "chat_template.jinja").is_file():
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = self.settings.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        return template
+
+    def special(self, name):
+        """The text of a special token, such as "bos_token", or None."""
+        token = self.settings.get(name)
+        return token["content"] if isinstance(token, dict) else token
+
+    def encode_text(self, text):
+        """Ids of a text with the beginning-of-text token that the model expects, if any."""
+        if "add_bos_token" not in self.settings:  # tokenizer.json knows
+            return self.tokenizer.encode(text).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if self.settings["add_bos_token"] and self.special("bos_token"):
+            ids = [self.tokenizer.token_to_id(self.special("bos_token")), *ids]
+        return ids
+
+    def encode_chat(self, text):
+        """Ids of a rendered chat, which holds its special tokens already."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode(self, problem):
+        """Ids of a problem's prompt, and of its answer as it goes on from there."""
+        if self.chat:
+            prompt, answer, encode = self.render(problem.messages), problem.answer, self.encode_chat
+        else:
+            prompt, answer, encode = problem.prompt, f" {problem.answer}", self.encode_text
+        ids, both = encode(prompt), encode(prompt + answer)
+        if both[:len(ids)] == ids:
+            return ids, both[len(ids):]
+        return ids, self.encode_chat(answer)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+    def render(self, messages):
+        """The conversation as text, up to where the model answers."""
+        def raise_exception(message):
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=[jinja2.ext.loopcontrols])
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.globals |= {"raise_exception": raise_exception,
+                                "strftime_now": lambda format: datetime.now().strftime(format)}
+        special = {name: self.special(name) for name in self.settings if name.endswith("_token") and self.special(name)}
+        try:
+            return environment.from_string(self.template).render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **special)
+        except Exception as error:  # a template is somebody else's program
+            raise ValueError(f"the chat template fails ({error}); use --no-chat") from None
+
+
+def read_json(path):
+    """The object in a JSON file, {} where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch the checkpoint again")
+    return content

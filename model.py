@@ -8,10 +8,12 @@ RoPE, arXiv 2104.09864; grouped-query attention, arXiv 2305.13245; speculative d
 """
 import json
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
@@ -263,16 +265,17 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     @classmethod
-    def from_pretrained(cls, path, device=None, dtype=None):
+    def from_pretrained(cls, path_or_repo, device=None, dtype=None, revision=None):
         """Loads a checkpoint in the Hugging Face layout: config.json and one or several .safetensors files.
 
         Args:
-          path: folder of the checkpoint.
+          path_or_repo: a checkpoint's folder, or its "org/name" on the hub.
           device: "cpu", "cuda", "cuda:1", ...; None takes the GPU if there is one.
           dtype: torch.dtype; None means bfloat16 on a GPU, float32 on the CPU.
-        Raises ValueError, or OSError for a missing file, with one line that says what to do.
+          revision: branch, tag or commit on the hub; None means main.
+        Raises ValueError or OSError (huggingface_hub's errors are among these) that says what is wrong.
         """
-        path, device = Path(path), find_device(device)
+        path, device = fetch(path_or_repo, revision), find_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         config, stored = Config.from_json(path / "config.json"), {}
         for file in weight_files(path):
@@ -386,6 +389,16 @@ class Verifier:
         greedy = self.model.lm_head(x).argmax(-1)
         right = torch.equal(greedy[:len(self.answer)], self.answer)
         return right and (self.stop is None or greedy[-1].item() in self.stop)
+
+
+def fetch(path_or_repo, revision=None):
+    """The folder of a checkpoint: the one given, or the hub's cache after fetching what is missing there."""
+    if Path(path_or_repo).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
+        return Path(path_or_repo)
+    # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
+    return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "model.safetensors.index.json", "model*.safetensors"]))
 
 
 def within(shapes, prefix):

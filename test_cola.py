@@ -9,7 +9,11 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import torch
@@ -113,16 +117,16 @@ def test_generate_ends_before_a_stop_token_and_at_the_last_position():
 
 
 def test_a_verdict_is_generate_and_exact_match(tiny):
-    model, tokenizer, stop = tiny
+    model, tokenizer = tiny
     rng, verdicts = random.Random(0), Counter()
     for problem in data.load("arithmetic")[:10]:
         chains = [random_chain(rng, 12) for _ in range(30)]
         sample = cola.Sample(*tiny, problem)
-        written = tokenizer.decode(model.generate(sample.prompt, chains[0], 8, stop))  # what some chain does write
+        written = tokenizer.decode(model.generate(sample.prompt, chains[0], 8, tokenizer.stop))  # what some chain does write
         for answer in {problem.answer, written[1:]} - {""}:
             sample = cola.Sample(*tiny, replace(problem, answer=answer))
             for chain, verdict in zip(chains, sample.verify(chains), strict=True):
-                tokens = model.generate(sample.prompt, chain, len(sample.target) + 1, stop)
+                tokens = model.generate(sample.prompt, chain, len(sample.target) + 1, tokenizer.stop)
                 assert verdict == data.exact_match(tokenizer.decode(tokens), answer)
                 verdicts[verdict] += 1
     assert min(verdicts[True], verdicts[False]) > 40
@@ -363,6 +367,125 @@ def test_exact_match_is_literal_but_for_outer_white_space():
     assert not any(data.exact_match(text, "12") for text in ("12.", "012", "1 2", "", "12 or 13"))
 
 
+# The hub: its real client against a small server.
+
+class Hub(BaseHTTPRequestHandler):
+    """What the client needs of the hub's API, and the /rows of its dataset viewer. server.asked lists what was sent."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        match = re.fullmatch(r"(?:/api/models|/api)?/((?:datasets/)?\w+/[\w-]+)/(revision|tree|resolve)/(\w+)/?(.*)", url.path)
+        repo, what, revision, name = match.groups() if match else [None] * 4
+        files = self.server.repos.get(repo)
+        if url.path == "/rows":
+            self.rows(**dict(parse_qsl(url.query)))
+        elif files is None:
+            self.reply(404, error="RepoNotFound")
+        elif revision not in ("main", self.commit):
+            self.reply(404, error="RevisionNotFound")
+        elif what == "revision":
+            self.reply(200, {"id": repo, "sha": self.commit})
+        elif what == "tree":
+            self.reply(200, [{"type": "file", "path": name, "size": 0, "oid": ""} for name in files])
+        elif repo == "org/gated":  # such a repository shows what files it has
+            self.reply(403, error="GatedRepo")
+        else:
+            self.reply(200, files[name], asked=name)
+
+    do_HEAD = do_GET
+
+    def rows(self, dataset, config, split, offset, length):
+        rows = [{"row_idx": i, "row": {"question": f"{i} + 1?", "answer": f"Well.\n#### {i + 1}"}} for i in range(250)]
+        if (dataset, config) != ("openai/gsm8k", "main"):
+            self.reply(404)
+        elif split == "train" and int(offset) == 200 and self.server.asked.count(200) == 0:  # breaks off, the first time
+            self.reply(200, {"rows": [], "num_rows_total": 250}, asked=200)
+        else:
+            page = rows[int(offset):int(offset) + int(length)]
+            self.reply(200, {"rows": page, "num_rows_total": 250}, asked=int(offset))
+
+    def reply(self, status, body=b"", error="", asked=None):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in [("Content-Length", len(body)), ("ETag", f'"{sha1(body).hexdigest()}"'),
+                            ("X-Repo-Commit", self.commit), ("X-Error-Code", error)]:
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+            if asked is not None:
+                self.server.asked.append(asked)
+
+    def log_message(self, *args):
+        pass
+
+
+CLIENT = """
+import contextlib, io, json, sys, cola
+for arguments in json.loads(sys.argv[1]):
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
+        cola.main(arguments)
+    print(json.dumps([file.seek(0) or file.read() for file in (out, err)]))
+"""
+
+
+def on_the_hub(endpoint, home, *commands, **settings):
+    """stdout and stderr of several commands, in a process of its own: the hub's client reads its settings only once."""
+    clean = {name: value for name, value in os.environ.items() if not re.match("HF_|.*_PROXY", name.upper())}
+    commands = [[*command, "--device", "cpu", "--chain", "0-3"] for command in commands]
+    done = subprocess.run([sys.executable, "-c", CLIENT, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True,
+                          env={**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **settings})
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_hub_models_and_datasets(tmp_path):
+    names = ["config.json", "tokenizer.json"]
+    small = {name: (cola.TINY / name).read_bytes() for name in names}
+    tensors = list(tiny_tensors().items())
+    for part in (1, 2):
+        name = f"model-0000{part}-of-00002.safetensors"
+        save_tensors(dict(tensors[part - 1::2]), tmp_path / name)
+        small[name] = (tmp_path / name).read_bytes()
+    small["model.safetensors.index.json"] = json.dumps({"weight_map": {
+        name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, (name, _) in enumerate(tensors)}}).encode()
+    wanted = sorted(small)
+    unwanted = {name: b"?" for name in ("README.md", "consolidated.safetensors", "onnx/model.safetensors", "model.bin")}
+    math = b"".join(json.dumps({"problem": f"{i}?", "answer": str(i), "level": i % 5 + 1}).encode() + b"\n" for i in range(20))
+    model = ["--model", "org/model", "--sample-id", "1"]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.asked = []
+        server.repos = {"org/model": small | unwanted, "org/gated": small,
+                        "datasets/HuggingFaceH4/MATH-500": {"test.jsonl": math}}
+        Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+        endpoint, cache = f"http://127.0.0.1:{server.server_port}", tmp_path / "cache"
+        (fetched, _), broken, train, gsm8k, by_level = on_the_hub(
+            endpoint, cache, model, [*model, "--dataset", "gsm8k", "--split", "train"],
+            [*model, "--dataset", "gsm8k", "--split", "train"], ["--dataset", "gsm8k", "--sample-id", "249"],
+            ["--dataset", "math-3", "--sample-id", "1"])
+        assert "12 layers" in fetched
+        files = [name for name in server.asked if isinstance(name, str)]
+        assert sorted(files) == sorted([*wanted, "test.jsonl"])
+        assert broken[1].endswith("try again later\n") and "gold      2\n" in train[0]
+        assert "249 + 1?\ngold      250\n" in gsm8k[0] and "gold      7\n" in by_level[0]
+        assert [name for name in server.asked if isinstance(name, int)] == [0, 100, 200] * 3
+
+        wrong = [["--model", "org/nothing"], ["--model", "org/gated"], ["--model", "org/model", "--revision", "v9"],
+                 ["--dataset", "arc-easy"]]
+        said = on_the_hub(endpoint, tmp_path / "empty", *([*command, "--sample-id", "0"] for command in wrong))
+        for (out, err), part in zip(said, ["no such repository", "hf auth login", "--revision", "try again later"]):
+            assert out == "" and part in err.splitlines()[-1]  # the lines before are the client's progress bar
+        server.shutdown()
+    asked = len(server.asked)
+    for settings in ({}, {"HF_HUB_OFFLINE": "1"}):
+        again, rows, unknown = on_the_hub(endpoint, cache, model, ["--dataset", "gsm8k", "--sample-id", "249"],
+                                          ["--model", "org/other", "--sample-id", "0"], **settings)
+        assert again[0] == fetched and rows == gsm8k and len(server.asked) == asked
+        assert unknown[0] == "" and "cannot be reached" in unknown[1].splitlines()[-1]
+
+
 # cola.py
 
 @pytest.mark.parametrize("text, chain", [("0-5,5,8-11", (*range(6), 5, *range(8, 12))), ("3", (3,)), ("", ()),
@@ -381,15 +504,15 @@ def test_drawing_shows_skips_loops_and_cuts():
 
 
 def test_stop_ids_are_the_end_token_and_new_lines(tiny):
-    model, tokenizer, stop = tiny
-    assert model.config.eos_token_id in stop and tokenizer.encode("\n").ids[0] in stop
-    assert not stop & set(tokenizer.encode("Question: What is -12 + 7?").ids)
+    tokenizer = tiny[1]
+    assert {0, *tokenizer.encode_text("\n")} <= tokenizer.stop
+    assert not tokenizer.stop & set(tokenizer.encode_text("Question: What is -12 + 7?"))
 
 
 def test_prompt_tokens_are_a_prefix_of_prompt_and_answer(tiny):
-    _, tokenizer, _ = tiny
+    tokenizer = tiny[1]
     for problem in data.load("arithmetic")[:50]:
-        prompt, answer = cola.encode(tokenizer, problem.prompt, problem.answer)
+        prompt, answer = tokenizer.encode(problem)
         assert tokenizer.decode(prompt) == problem.prompt and tokenizer.decode(answer) == f" {problem.answer}"
 
 

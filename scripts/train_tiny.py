@@ -108,7 +108,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("tiny"), help="folder of the checkpoint (default: tiny)")
     parser.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"),
                         help="where to go on from (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=12000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=10000, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=128, help="problems a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args()
@@ -118,8 +118,8 @@ def main():
     hidden = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or "embed" in name]
     # Muon (Jordan et al. 2024) got to the same loss in a third of AdamW's steps.
-    optimizers = [torch.optim.Muon(hidden, lr=0.015, weight_decay=0.1),
-                  torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0)]
+    optimizers = [torch.optim.Muon(hidden, lr=0.004, weight_decay=0.1),
+                  torch.optim.AdamW(others, lr=0.0015, betas=(0.9, 0.98), weight_decay=0)]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
 
     start = 0
