@@ -61,6 +61,10 @@ def parser():
                         help="layers that one step may skip (default: %(default)s)")
     search.add_argument("--max-loop", type=int, default=4, metavar="N",
                         help="layers that one step may go back (default: %(default)s)")
+    search.add_argument("--batch", type=int, default=16, metavar="N",
+                        help="chains to verify at a time (default: %(default)s)")
+    search.add_argument("--cache-mb", type=int, default=1024, metavar="N",
+                        help="megabytes of hidden states to keep (default: %(default)s)")
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default: 0)")
     return p
 
@@ -141,7 +145,7 @@ def explain(chain, n_layers):
 class Sample:
     """A problem as one model sees it: its tokens, the answers that chains give, and the verifier for the search."""
 
-    def __init__(self, model, tokenizer, problem):
+    def __init__(self, model, tokenizer, problem, cache_mb=1024):
         self.model, self.tokenizer, self.problem = model, tokenizer, problem
         self.prompt, self.target = tokenizer.encode(problem)
         if max(self.prompt + self.target) >= model.config.vocab_size:
@@ -150,7 +154,7 @@ class Sample:
             raise ValueError(f"the prompt has {len(self.prompt)} tokens, the answer {len(self.target)}, the model only "
                              f"{model.config.max_position_embeddings} positions; take another sample or fewer --shots")
         self.stop = None if problem.choices else tokenizer.stop  # a letter is complete as it stands
-        self.verify = Verifier(model, self.prompt, self.target, self.stop)
+        self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb)
 
     def answer(self, chain):
         """The text that greedy decoding writes under a chain, and whether it is the right answer."""
@@ -164,7 +168,7 @@ def load_sample(args):
     problems = data.load(args.dataset, args.shots, args.split)
     if not 0 <= args.sample_id < len(problems):
         raise ValueError(f"sample id {args.sample_id} is out of range; {args.dataset} has 0 to {len(problems) - 1}")
-    return Sample(*load_checkpoint(args), problems[args.sample_id])
+    return Sample(*load_checkpoint(args), problems[args.sample_id], args.cache_mb)
 
 
 def say(label, text):
@@ -205,10 +209,11 @@ def run(args):
             bar.update(len(chains))
             return verdicts
         result = mcts.search(score, n_layers, args.simulations, args.seed, args.depth_penalty, args.exploration,
-                             args.max_skip, args.max_loop)
+                             args.max_skip, args.max_loop, args.batch)
     seconds = time.perf_counter() - start
     say("search", f"{len(result.evaluated)} chains evaluated, {len(result.right())} right, in {seconds:.2f} s, "
-                  f"{len(result.evaluated) / seconds:.0f} chains/s")
+                  f"{len(result.evaluated) / seconds:.1f} chains/s\n"
+                  f"{sample.verify.steps_run} layer steps run of {sample.verify.steps_asked} asked for")
     discarded = 0
     for chain in result.right():
         if sample.answer(chain)[1]:  # plain generation has the last word

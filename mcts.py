@@ -63,24 +63,27 @@ class Node:
 
 
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=1.0, max_skip=4, max_loop=4,
-           deviation=0.15):
+           batch=16, deviation=0.15):
     """Searches a chain of high reward.
 
     Args:
       score: callable, a list of chains (tuples of layer indices) to a list of numbers in [0, 1] (a bool is one).
       n_layers: layers of the model.
       simulations: how many distinct chains to evaluate, the full-depth chain first.
-      seed: the same seed and scores give the same result.
+      seed: the same seed, batch and scores give the same result.
       depth_penalty: what the full depth costs in the reward, where a right answer is worth 1.
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: the window of layers that may be appended (see above); chains hold up to 2 * n_layers steps.
+      batch: how many chains to ask `score` for at a time; a walk whose score is pending counts as a loss until then, so
+        that the next ones go elsewhere (virtual loss).
       deviation: the default policy's probability, at each step, of leaving the best chain.
     Returns a Result. It holds fewer than `simulations` chains only where there are no more.
     Raises ValueError for a number out of range.
     """
-    for name, value, least in [("n_layers", n_layers, 1), ("simulations", simulations, 1), ("max_skip", max_skip, 0),
-                               ("max_loop", max_loop, 0), ("depth_penalty", depth_penalty, 0),
-                               ("exploration", exploration, 0), ("deviation", deviation, 0)]:
+    for name, value, least in [("n_layers", n_layers, 1), ("simulations", simulations, 1), ("batch", batch, 1),
+                               ("max_skip", max_skip, 0), ("max_loop", max_loop, 0),
+                               ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0),
+                               ("deviation", deviation, 0)]:
         if not value >= least:
             raise ValueError(f"{name} must be {least} or more, not {value}")
     rng = random.Random(seed)
@@ -123,17 +126,32 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
             prefix.append(action)
         return path, tuple(prefix[:-1])
 
-    while len(result.evaluated) < simulations and not root.closed:
-        path, chain = simulate()
-        if chain not in result.evaluated:
-            result.evaluated[chain] = score([chain])[0]
+    def back_up(path, chain):
         for node in path:
-            node.visits, node.value = node.visits + 1, node.value + result.reward(chain)
-        if len(path) == len(chain) + 2:  # the walk ended inside the tree: root, each layer, STOP
-            path[-1].closed = True
-            for node in reversed(path[:-1]):
-                node.closed = all(a in node.children and node.children[a].closed for a in node.prior)
-        found = result.evaluated[chain] > 0
-        if found and (not result.evaluated[best] > 0 or result.reward(chain) > result.reward(best)):
-            best, root = chain, Node()  # the default policy has changed, and the priors with it
+            node.value += result.reward(chain)
+
+    while len(result.evaluated) < simulations and not root.closed:
+        pending, room = {}, min(batch, simulations - len(result.evaluated))  # {chain: the walks that led to it}
+        for _ in range(4 * batch):  # several walks may lead to one chain
+            path, chain = simulate()
+            for node in path:
+                node.visits += 1
+            if len(path) == len(chain) + 2:  # the walk ended inside the tree: root, each layer, STOP
+                path[-1].closed = True
+                for node in reversed(path[:-1]):
+                    node.closed = all(a in node.children and node.children[a].closed for a in node.prior)
+            if chain in result.evaluated:
+                back_up(path, chain)
+            else:
+                pending.setdefault(chain, []).append(path)
+            if root.closed or len(pending) == room:
+                break
+        if not pending:
+            continue
+        result.evaluated.update(zip(pending, score([*pending]), strict=True))
+        for chain, paths in pending.items():
+            for path in paths:
+                back_up(path, chain)
+        if result.best not in (None, best):
+            best, root = result.best, Node()  # the default policy changes, and the priors with it
     return result

@@ -9,6 +9,7 @@ RoPE, arXiv 2104.09864; grouped-query attention, arXiv 2305.13245; speculative d
 import json
 import math
 import re
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -360,37 +361,6 @@ class Llama(nn.Module):
         return new
 
 
-class Verifier:
-    """Says of any chain whether greedy decoding under it would answer right, in one forward pass.
-
-    As in speculative decoding, the answer is a draft: run on prompt + answer, the chain would have written each of the
-    answer's tokens if and only if each is the argmax after those before it. There is no decoding loop and no cache.
-
-    Args:
-      model: a Llama.
-      prompt, answer: lists of token ids.
-      stop: ids one of which must follow the answer; None where an answer is complete as it stands.
-    """
-
-    def __init__(self, model, prompt, answer, stop=None):
-        self.model, self.n_prompt = model, len(prompt)
-        device = model.lm_head.weight.device
-        self.tokens = torch.tensor([[*prompt, *answer]], device=device)
-        self.answer = torch.tensor(answer, dtype=torch.long, device=device)
-        self.stop = stop
-
-    @torch.inference_mode()
-    def __call__(self, chains):
-        """A list of chains to a list of bool."""
-        return [self.verify(chain) for chain in chains]
-
-    def verify(self, chain):
-        x = self.model.hidden(self.tokens, chain)[0, self.n_prompt - 1:]
-        greedy = self.model.lm_head(x).argmax(-1)
-        right = torch.equal(greedy[:len(self.answer)], self.answer)
-        return right and (self.stop is None or greedy[-1].item() in self.stop)
-
-
 def fetch(path_or_repo, revision=None):
     """The folder of a checkpoint: the one given, or the hub's cache after fetching what is missing there."""
     if Path(path_or_repo).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
@@ -399,30 +369,6 @@ def fetch(path_or_repo, revision=None):
     return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "model.safetensors.index.json", "model*.safetensors"]))
-
-
-def within(shapes, prefix):
-    """The entries whose names begin with the prefix, without it."""
-    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-
-
-def check_chain(chain, n_layers):
-    """The chain as a tuple; raises ValueError if a layer in it does not exist."""
-    chain = tuple(chain)
-    for layer in chain:
-        if not 0 <= layer < n_layers:
-            raise ValueError(f"layer {layer} does not exist; the model has layers 0 to {n_layers - 1}")
-    return chain
-
-
-def find_device(name=None):
-    """The torch.device of that name; without a name the GPU, if there is one. Raises ValueError if it is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device {str(name)!r} is not there; use cpu" + ", or cuda" * torch.cuda.is_available()) from None
-    return device
 
 
 def weight_files(path):
@@ -439,3 +385,113 @@ def weight_files(path):
         if not (path / file).is_file():
             raise FileNotFoundError(f"{path / file} is missing; a checkpoint needs its weights as safetensors")
     return [path / file for file in files]
+
+
+def within(shapes, prefix):
+    """The entries whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def find_device(name=None):
+    """The torch.device of that name; without a name the GPU, if there is one. Raises ValueError if it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {str(name)!r} is not there; use cpu" + ", or cuda" * torch.cuda.is_available()) from None
+    return device
+
+
+def check_chain(chain, n_layers):
+    """The chain as a tuple; raises ValueError if a layer in it does not exist."""
+    chain = tuple(chain)
+    for layer in chain:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"layer {layer} does not exist; the model has layers 0 to {n_layers - 1}")
+    return chain
+
+
+class Verifier:
+    """Says of many chains whether greedy decoding under each would answer right, at the price of a few.
+
+    One pass a chain. As in speculative decoding the answer is a draft: run on prompt + answer, a chain would have
+    written each of the answer's tokens if and only if each is the argmax after those before it. So there is no
+    decoding loop, no key/value cache, and the head runs on the answer's positions only.
+
+    Shared prefixes. Chains that begin alike share their hidden states, which are kept by prefix, under a byte budget.
+
+    Wavefront. Of all chains pending, those whose next layer is the lowest go first, as one batch, while the others wait
+    and join them: layers are read once for many chains. For (0 1 2 3), (0 2 3) and (0 1 1 2):
+
+        batch          1    2           3        4                     5
+        layer          0    1           1        2                     3
+        prefixes run   (0)  (0 1)       (0 1 1)  (0 1 2) (0 2)         (0 1 2 3) (0 2 3)
+                                                 (0 1 1 2)
+
+    Args:
+      model: a Llama.
+      prompt, answer: lists of token ids, the prompt not empty.
+      stop: ids one of which must follow the answer; None where an answer is complete as it stands.
+      cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; verdicts do not depend on it.
+    Attributes:
+      steps_asked: layer steps of all the chains so far, as if each was run by itself.
+      steps_run: layer steps that were run.
+    """
+
+    def __init__(self, model, prompt, answer, stop=None, cache_mb=1024):
+        self.model, self.stop, self.n_prompt, self.free = model, stop, len(prompt), cache_mb * 2 ** 20
+        tokens = torch.tensor([*prompt, *answer], device=model.lm_head.weight.device)
+        self.answer = tokens[len(prompt):]
+        with torch.inference_mode():
+            self.embedded = model.embed_tokens(tokens)  # the state of the empty prefix: [T, hidden_size]
+        self.rope = model.rotary(0, len(tokens), self.embedded)
+        self.states = OrderedDict()  # {prefix: hidden states [T, hidden_size]}, the least recently used first
+        self.steps_asked = self.steps_run = 0
+
+    @torch.inference_mode()
+    def __call__(self, chains):
+        """A list of chains to a list of bool. Raises ValueError for a layer that the model does not have."""
+        chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
+        self.steps_asked += sum(map(len, chains))
+        ends, ready, then = dict.fromkeys(chains), defaultdict(list), defaultdict(list)
+
+        def advance(prefix, state):  # this prefix is done: what it allows to run next
+            if prefix in ends:
+                ends[prefix] = state[self.n_prompt - 1:].clone()
+            for longer in then.pop(prefix, ()):
+                ready[longer[-1]].append((longer, state))
+
+        begun = {}  # the prefixes in reach, whose state is known
+        for chain in ends:
+            known = next(n for n in range(len(chain), -1, -1) if n == 0 or chain[:n] in self.states)
+            begun[chain[:known]] = None
+            for n in range(known + 1, len(chain) + 1):
+                then[chain[:n - 1]].append(chain[:n])
+        then = defaultdict(list, {prefix: list(dict.fromkeys(longer)) for prefix, longer in then.items()})
+        for prefix in begun:
+            advance(prefix, self.recall(prefix))
+        while ready:
+            layer = min(ready)
+            prefixes, states = zip(*ready.pop(layer))
+            self.steps_run += len(prefixes)
+            for prefix, state in zip(prefixes, self.model.layers[layer](torch.stack(states), self.rope)):
+                state = state.clone()  # or one kept state would keep its whole batch in memory
+                self.keep(prefix, state)
+                advance(prefix, state)
+        greedy = self.model.lm_head(self.model.norm(torch.stack([*ends.values()]))).argmax(-1)  # [chains, answer + 1]
+        right = (greedy[:, :-1] == self.answer).all(-1).tolist()
+        stopped = [self.stop is None or token in self.stop for token in greedy[:, -1].tolist()]
+        verdicts = {chain: r and s for chain, r, s in zip(ends, right, stopped)}
+        return [verdicts[chain] for chain in chains]
+
+    def recall(self, prefix):
+        if not prefix:
+            return self.embedded
+        self.states.move_to_end(prefix)
+        return self.states[prefix]
+
+    def keep(self, prefix, state):
+        self.states[prefix] = state
+        self.free -= state.nbytes
+        while self.free < 0:
+            self.free += self.states.popitem(last=False)[1].nbytes

@@ -143,6 +143,31 @@ def test_an_answer_without_stop_is_complete_as_it_stands():
         assert Verifier(model, [7, 8, 9], [answer[0], answer[1] + 1])([chain]) == [False]
 
 
+@pytest.mark.parametrize("cache_mb", [0, 0.01, 100])
+def test_verdicts_do_not_depend_on_company_or_cache(cache_mb):
+    model, rng = random_model(), random.Random(0)
+    answer, right = model.generate([1, 2, 3, 4], [0, 1, 3], 2), 0
+    verify = Verifier(model, [1, 2, 3, 4], answer, cache_mb=cache_mb)
+    for _ in range(10):
+        chains = [random_chain(rng, 5) for _ in range(12)] + [tuple(chain) for chain in chains_of(5)] + [(0, 1, 3)]
+        verdicts = verify(chains)
+        assert verdicts == [model.generate([1, 2, 3, 4], chain, 2) == answer for chain in chains]
+        assert sum(state.nbytes for state in verify.states.values()) <= cache_mb * 2**20
+        right += sum(verdicts)
+    assert right > 20
+
+
+def test_every_prefix_is_run_once():
+    model, rng = random_model(), random.Random(0)
+    verify, prefixes, asked = Verifier(model, [1, 2, 3], [4]), set(), 0
+    for _ in range(8):
+        chains = [random_chain(rng, 5) for _ in range(12)]
+        verify(chains)
+        prefixes |= {chain[:n] for chain in chains for n in range(1, len(chain) + 1)}
+        asked += sum(map(len, chains))
+        assert (verify.steps_run, verify.steps_asked) == (len(prefixes), asked)
+
+
 def test_dtype_and_device_are_what_was_asked_for():
     model = Llama.from_pretrained(cola.TINY, device="cpu", dtype=torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
@@ -283,20 +308,23 @@ def test_search_fixes_a_wrong_sample_by_a_loop():
     assert result.best.count(3) == 2 and len(result.best) < 6
 
 
-def test_search_spends_exactly_its_budget_on_distinct_chains():
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_search_spends_exactly_its_budget_on_distinct_chains(batch):
     asked = []
 
     def score(chains):
+        assert 1 <= len(chains) <= batch
         asked.extend(chains)
         return [len(chain) % 3 == 0 for chain in chains]
-    result = mcts.search(score, n_layers=9, simulations=150)
+    result = mcts.search(score, n_layers=9, simulations=150, batch=batch)
     assert len(asked) == len(set(asked)) == 150
     assert list(result.evaluated) == asked and asked[0] == tuple(range(9))
 
 
 def test_search_is_deterministic_for_a_seed():
-    runs = [mcts.search(planted((0, 3, 4)), 8, 100, seed=seed).evaluated for seed in (5, 5, 6)]
-    assert list(runs[0]) == list(runs[1]) != list(runs[2])
+    for batch in (1, 16):
+        runs = [mcts.search(planted((0, 3, 4)), 8, 100, seed=seed, batch=batch).evaluated for seed in (5, 5, 6)]
+        assert list(runs[0]) == list(runs[1]) != list(runs[2])
 
 
 @pytest.mark.parametrize("max_skip, max_loop", [(0, 0), (1, 0), (0, 1), (4, 1)])

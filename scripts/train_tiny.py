@@ -31,7 +31,7 @@ def sums(rng, n_numbers, limit, count):
     while len(pairs) < count:
         question, answer = data.random_sum(rng, n_numbers, limit)
         if not data.is_test(question):
-            pairs.append((data.prompt(data.Problem("", question, answer), []), f" {answer}"))
+            pairs.append((data.Problem("", question, answer).prompt, f" {answer}"))
     return pairs
 
 
