@@ -72,8 +72,8 @@ def parser():
 def load_checkpoint(args):
     """The model and its tokenizer. Raises ValueError or OSError with one line that says what to do."""
     folder = TINY if args.model == "tiny" else fetch(args.model, args.revision)
-    tokenizer = data.Tokenizer(folder, chat=not args.no_chat)
-    return Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype)), tokenizer
+    model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
+    return model, data.Tokenizer(folder, chat=not args.no_chat)
 
 
 def parse_chain(text, n_layers):

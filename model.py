@@ -54,38 +54,31 @@ class Config:
     @classmethod
     def from_json(cls, path):
         """Reads config.json. Raises ValueError for anything that this decoder would compute wrongly."""
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; give the folder of a checkpoint in the Hugging Face layout")
+        raw = read_json(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path} holds no JSON object; fetch the checkpoint again")
-        # transformers 5 writes rope_parameters; older checkpoints hold rope_theta and rope_scaling, which names a "type".
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope = {"rope_theta": raw.get("rope_theta") or 10000.0, "rope_type": rope.get("type", "default"), **rope}
-        for name, found, supported in [
-                ("model_type", raw.get("model_type"), MODEL_TYPES),
-                ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
-                ("rope_type", rope["rope_type"], [*ROPE_KEYS]),
-                ("partial_rotary_factor", rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)), [1]),
-                ("quantization_config", raw.get("quantization_config"), [None])]:
-            if found not in supported:
-                raise ValueError(f"{path}: {name} {found!r} is not supported, only {', '.join(map(str, supported))}; "
-                                 "take another checkpoint")
-        raw["rope_parameters"] = rope
-        if raw.get("sliding_window") and raw.get("use_sliding_window", True):  # inside the window attention is full
-            raw["max_position_embeddings"] = min(raw["sliding_window"], raw.get("max_position_embeddings", math.inf))
-        try:
-            config = cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
-            if min(config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-                   config.num_attention_heads // config.num_key_value_heads, config.head_dim // 2) < 1:
-                raise TypeError("sizes must be 1 or more")
+            # transformers 5 writes rope_parameters; older checkpoints hold rope_theta and rope_scaling with a "type".
+            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            rope = {"rope_theta": raw.get("rope_theta") or 10000.0, "rope_type": rope.get("type", "default"), **rope}
+            partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1))
+            for name, found, supported in [("model_type", raw.get("model_type"), MODEL_TYPES),
+                                           ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
+                                           ("rope_type", rope["rope_type"], list(ROPE_KEYS)),
+                                           ("partial_rotary_factor", partial, [1]),
+                                           ("quantization_config", raw.get("quantization_config"), [None])]:
+                if found not in supported:
+                    raise ValueError(f"{path}: {name} {found!r} is not supported; take a checkpoint with "
+                                     f"{', '.join(map(str, supported))}")
             for key in ["rope_theta", *ROPE_KEYS[rope["rope_type"]]]:
                 if not isinstance(rope.get(key), (int, float)):
-                    raise TypeError(f"rope_parameters without {key}")
-        except (TypeError, ZeroDivisionError) as error:
+                    raise TypeError(f"rope_parameters lacks {key}")
+            config = cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
+            config.rope_parameters = rope
+            if raw.get("sliding_window") and raw.get("use_sliding_window", True):  # up to the window attention is full
+                config.max_position_embeddings = min(config.max_position_embeddings, raw["sliding_window"])
+            if min(config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+                   config.num_attention_heads // config.num_key_value_heads, config.head_dim // 2) < 1:
+                raise TypeError("a size is below 1")
+        except (AttributeError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"{path} does not describe a decoder ({error}); fetch the checkpoint again") from None
         return config
 
@@ -125,6 +118,7 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
+@torch.inference_mode(False)  # the table is kept, and training may need it after generation made it
 def rope_table(config, length, device):
     """cos and sin of the angle of each position, [length, head_dim] in float32 (RoPE, section 3.2.2)."""
     rope = config.rope_parameters
@@ -371,16 +365,27 @@ def fetch(path_or_repo, revision=None):
         "model.safetensors.index.json", "model*.safetensors"]))
 
 
+def read_json(path):
+    """The object in a JSON file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give the folder of a checkpoint in the Hugging Face layout")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch the checkpoint again")
+    return content
+
+
 def weight_files(path):
     """The checkpoint's safetensors files: those that the index names, or the single one."""
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        files = ["model.safetensors"]
-    else:
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index} is not a safetensors index; fetch it again") from None
+    files = ["model.safetensors"]
+    if (path / "model.safetensors.index.json").exists():
+        index = read_json(path / "model.safetensors.index.json").get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise ValueError(f"{path / 'model.safetensors.index.json'} has no weight_map; fetch the checkpoint again")
+        files = sorted(set(map(str, index.values())))
     for file in files:
         if not (path / file).is_file():
             raise FileNotFoundError(f"{path / file} is missing; a checkpoint needs its weights as safetensors")

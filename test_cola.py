@@ -168,6 +168,13 @@ def test_every_prefix_is_run_once():
         assert (verify.steps_run, verify.steps_asked) == (len(prefixes), asked)
 
 
+def test_a_model_can_train_after_it_was_used():
+    model = random_model()
+    model.generate([1, 2, 3], max_new_tokens=3)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
 def test_dtype_and_device_are_what_was_asked_for():
     model = Llama.from_pretrained(cola.TINY, device="cpu", dtype=torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
@@ -631,7 +638,7 @@ BAD_INPUT = {
     "answer key no choice": ("'C'", lambda tmp: bad_rows(tmp, ARC % "C")),
     "choices malformed": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('"x", ', ""))),
     "prompt too long": ("positions", lambda tmp: bad_rows(tmp, '{"question": "%s", "answer": "1"}' % ("Q " * 600))),
-    "model missing": ("--model", lambda tmp: ["--model", tmp / "missing"]),
+    "model missing": ("config.json is missing", lambda tmp: ["--model", tmp / "missing"]),
     "model folder empty": ("config.json", lambda tmp: ["--model", tmp]),
     "model of another type": ("'bert'", lambda tmp: ["--model", write_checkpoint(tmp / "m", model_type="bert")]),
     "unknown activation": ("'gelu'", lambda tmp: ["--model", write_checkpoint(tmp / "m", hidden_act="gelu")]),
@@ -640,7 +647,7 @@ BAD_INPUT = {
     "config nonsense": ("decoder", lambda tmp: ["--model", write_checkpoint(tmp / "m", hidden_size="big")]),
     "extra layer": ("missing", lambda tmp: ["--model", write_checkpoint(tmp / "m", num_hidden_layers=13)]),
     "one layer less": ("no such", lambda tmp: ["--model", write_checkpoint(tmp / "m", num_hidden_layers=11)]),
-    "other shape": ("shape", lambda tmp: ["--model", write_checkpoint(tmp / "m", intermediate_size=64)]),
+    "other shape": ("asks for [64, 64]", lambda tmp: ["--model", write_checkpoint(tmp / "m", intermediate_size=64)]),
     "untied head missing": ("lm_head", lambda tmp: ["--model", write_checkpoint(tmp / "m", tie_word_embeddings=False)]),
 }
 
