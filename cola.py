@@ -138,6 +138,8 @@ def explain(chain, n_layers):
     top = max(chain, default=-1)
     said = [("skips", [layer for layer in range(top) if layer not in chain]),
             ("loops", sorted({layer for layer in chain if chain.count(layer) > 1})),
+            ("reorders", sorted(layer for i, layer in enumerate(chain) if layer < max(chain[:i], default=0)
+                                and layer not in chain[:i])),
             ("cuts off", range(top + 1, n_layers))]
     return "; ".join(f"{verb} {format_chain(layers)}" for verb, layers in said if layers) or "every layer once"
 

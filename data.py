@@ -63,9 +63,9 @@ class Problem:
     @property
     def messages(self):
         """The conversation to continue, for chat models: they like to explain, so they are asked for the bare answer."""
-        wish = "Answer with the letter of the right choice only." if self.choices else "Answer with the final answer only."
         turns = []
         for problem in (*self.examples, self):
+            wish = f"Answer with the {'letter of the right choice' if problem.choices else 'final answer'} only."
             turns += [{"role": "user", "content": f"{problem.question}\n{wish}"},
                       {"role": "assistant", "content": problem.answer}]
         return turns[:-1]
@@ -265,28 +265,18 @@ class Tokenizer:
         return token["content"] if isinstance(token, dict) else token
 
     def encode_text(self, text):
-        """Ids of a text with the beginning-of-text token that the model expects, if any."""
-        if "add_bos_token" not in self.settings:  # tokenizer.json knows
-            return self.tokenizer.encode(text).ids
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if self.settings["add_bos_token"] and self.special("bos_token"):
-            ids = [self.tokenizer.token_to_id(self.special("bos_token")), *ids]
-        return ids
-
-    def encode_chat(self, text):
-        """Ids of a rendered chat, which holds its special tokens already."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Ids of a text. A rendered chat holds its special tokens; any other gets those that tokenizer.json adds."""
+        return self.tokenizer.encode(text, add_special_tokens=not self.chat).ids
 
     def encode(self, problem):
         """Ids of a problem's prompt, and of its answer as it goes on from there."""
+        prompt, answer = problem.prompt, f" {problem.answer}"
         if self.chat:
-            prompt, answer, encode = self.render(problem.messages), problem.answer, self.encode_chat
-        else:
-            prompt, answer, encode = problem.prompt, f" {problem.answer}", self.encode_text
-        ids, both = encode(prompt), encode(prompt + answer)
-        if both[:len(ids)] == ids:
-            return ids, both[len(ids):]
-        return ids, self.encode_chat(answer)
+            prompt, answer = self.render(problem.messages), problem.answer
+        ids, both = self.encode_text(prompt), self.encode_text(prompt + answer)
+        if both[:len(ids)] != ids:  # a token reaches across the border
+            both = ids + self.tokenizer.encode(answer, add_special_tokens=False).ids
+        return ids, both[len(ids):]
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)

@@ -444,6 +444,8 @@ class Verifier:
     """
 
     def __init__(self, model, prompt, answer, stop=None, cache_mb=1024):
+        if cache_mb < 0 or not prompt:
+            raise ValueError("cache_mb must be 0 or more, and the prompt must hold a token")
         self.model, self.stop, self.n_prompt, self.free = model, stop, len(prompt), cache_mb * 2 ** 20
         tokens = torch.tensor([*prompt, *answer], device=model.lm_head.weight.device)
         self.answer = tokens[len(prompt):]

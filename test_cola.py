@@ -402,6 +402,82 @@ def test_exact_match_is_literal_but_for_outer_white_space():
     assert not any(data.exact_match(text, "12") for text in ("12.", "012", "1 2", "", "12 or 13"))
 
 
+# Prompts and token ids, against transformers.
+
+CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+LLAMA3_LIKE = """{{- bos_token }}
+{%- if tools is not none %}{{ raise_exception("no tools here") }}{% endif %}
+{%- set date = strftime_now("%d %b") if strftime_now is defined else "26 Jul" %}
+{%- for message in messages %}
+    {%- if loop.index0 > 7 %}{% break %}{% endif %}
+    {{- '[' + message.role + ' ' + date + '] ' + message['content'] | trim + eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '[assistant] ' }}
+{%- endif %}
+{{ messages | tojson }}
+"""
+TOKENIZERS = {
+    # name: (tokenizer_config.json, chat_template.jinja, a post-processor for tokenizer.json)
+    "no template, no bos": ({}, None, None),
+    "bos by tokenizer.json": ({"bos_token": "<|endoftext|>"}, None, "bos"),
+    "bos by tokenizer_config.json": ({"bos_token": "<|endoftext|>", "add_bos_token": True}, None, None),
+    "bos by both": ({"bos_token": "<|endoftext|>", "add_bos_token": True}, None, "bos"),
+    "bos refused": ({"bos_token": "<|endoftext|>", "add_bos_token": False}, None, "bos"),
+    "template in a file": ({"bos_token": None}, CHATML, "bos"),
+    "template in the config": ({"bos_token": "<|endoftext|>", "eos_token": {"content": "<|endoftext|>", "__type": "AddedToken"},
+                                "chat_template": LLAMA3_LIKE}, None, "bos"),
+    "several templates": ({"chat_template": [{"name": "tool_use", "template": "?"},
+                                             {"name": "default", "template": CHATML}]}, None, None),
+    "file before config": ({"chat_template": "?", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+                           LLAMA3_LIKE, None),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_token_ids_equal_transformers(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config, template, bos = TOKENIZERS[name]
+    folder = write_checkpoint(tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config))
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    if bos:
+        raw = json.loads((folder / "tokenizer.json").read_text())
+        raw["post_processor"] = {"type": "TemplateProcessing", "pair": [], "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+            "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+    oracle, ours = transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
+    plain = data.Tokenizer(folder, chat=False)
+    assert ours.chat == bool(template or "chat_template" in config) and not plain.chat
+    for problem in data.load("arithmetic", shots=1)[:3]:
+        prompt, answer = plain.encode(problem)
+        assert prompt == oracle(problem.prompt).input_ids
+        assert prompt + answer == oracle(f"{problem.prompt} {problem.answer}").input_ids
+        if ours.chat:
+            prompt, answer = ours.encode(problem)
+            assert prompt == oracle.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False)
+            assert ours.decode(answer) == problem.answer
+
+
+def test_a_chat_asks_for_the_bare_answer_and_shows_examples_as_turns():
+    choice = data.Problem("", "Hot?\nA. ice\nB. fire", "B", choices=("A", "B"))
+    problem = data.Problem("", "1 + 1?", "2", examples=(choice,))
+    assert [turn["role"] for turn in problem.messages] == ["user", "assistant", "user"]
+    assert [turn["content"] for turn in problem.messages] == [
+        "Hot?\nA. ice\nB. fire\nAnswer with the letter of the right choice only.", "B",
+        "1 + 1?\nAnswer with the final answer only."]
+
+
+def test_end_tokens_come_from_generation_config_then_config(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", eos_token_id=[70, 71])
+    assert {70, 71} <= data.Tokenizer(folder).stop
+    (folder / "generation_config.json").write_text('{"eos_token_id": 72}')
+    assert data.Tokenizer(folder).stop & {70, 71, 72} == {72}
+
+
 # The hub: its real client against a small server.
 
 class Hub(BaseHTTPRequestHandler):
@@ -650,6 +726,22 @@ BAD_INPUT = {
     "other shape": ("asks for [64, 64]", lambda tmp: ["--model", write_checkpoint(tmp / "m", intermediate_size=64)]),
     "untied head missing": ("lm_head", lambda tmp: ["--model", write_checkpoint(tmp / "m", tie_word_embeddings=False)]),
 }
+
+
+BAD_INPUT |= {
+    "chat template fails": ("--no-chat", lambda tmp: template(tmp, "{{ raise_exception('no') }}")),
+    "chat template malformed": ("--no-chat", lambda tmp: template(tmp, "{% if %}")),
+    "chat template breaks out": ("--no-chat", lambda tmp: template(tmp, "{{ ''.__class__.__mro__ }}")),
+    "split without splits": ("--split", lambda tmp: ["--split", "train"]),
+    "no batch": ("batch", lambda tmp: ["--batch", 0]),
+    "negative cache": ("cache", lambda tmp: ["--cache-mb", -1]),
+}
+
+
+def template(tmp, text):
+    folder = write_checkpoint(tmp / "m")
+    (folder / "chat_template.jinja").write_text(text)
+    return ["--model", folder]
 
 
 def broken(tmp, name, content):
