@@ -55,7 +55,7 @@ def parser():
                         help="distinct chains to evaluate (default: %(default)s)")
     search.add_argument("--depth-penalty", type=float, default=0.2, metavar="X",
                         help="what the full depth costs; a right answer is worth 1 (default: %(default)s)")
-    search.add_argument("--exploration", type=float, default=1.0, metavar="C",
+    search.add_argument("--exploration", type=float, default=2.0, metavar="C",
                         help="constant of the upper confidence bound (default: %(default)s)")
     search.add_argument("--max-skip", type=int, default=4, metavar="N",
                         help="layers that one step may skip (default: %(default)s)")

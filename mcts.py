@@ -7,8 +7,9 @@ less than that loops, more skips; stopping before the last layer is an early exi
   2. expands: adds the first node it comes to that is new,
   3. rolls out: completes the chain from there with the default policy,
   4. backs up: adds the chain's reward to every node on the way.
-The default policy mostly does what the best chain found so far does, and at times something else. The same
-probabilities are the prior of step 1, so the tree grows along promising chains instead of level by level.
+The default policy mostly does what the best chain found so far does; at times it skips, loops or stops there, and then
+goes on with the best chain. The same weights are the prior of step 1, so the tree grows along promising chains instead
+of level by level.
 
 References: UCT, Kocsis & Szepesvari 2006; priors in the bound (PUCT), Silver et al. 2016; CoLa, arXiv 2507.07996,
 section 3 (its search edits whole chains by blocks; ours builds them layer by layer).
@@ -18,6 +19,8 @@ import random
 from dataclasses import dataclass
 
 STOP = -1  # an action, beside the layers 0, 1, 2, ...
+DEVIATION = 0.2  # the default policy's share of steps off the best chain, and how they divide:
+SKIP, LOOP, EXIT = 0.7, 0.25, 0.05
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Node:
     """A prefix of a chain, or, below the action STOP, a complete chain.
 
     Attributes:
-      prior: {action: probability}, empty until the node is visited a second time.
+      prior: {action: weight}, empty until the node is visited a second time.
       children: {action: Node}; a node stands here once it was visited.
       visits, value: simulations that came through, and the sum of their rewards.
       closed: every chain below was evaluated, so there is nothing left to visit.
@@ -62,8 +65,8 @@ class Node:
         self.prior, self.children, self.visits, self.value, self.closed = {}, {}, 0, 0.0, False
 
 
-def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=1.0, max_skip=4, max_loop=4,
-           batch=16, deviation=0.15):
+def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=4, max_loop=4,
+           batch=16):
     """Searches a chain of high reward.
 
     Args:
@@ -76,14 +79,12 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       max_skip, max_loop: the window of layers that may be appended (see above); chains hold up to 2 * n_layers steps.
       batch: how many chains to ask `score` for at a time; a walk whose score is pending counts as a loss until then, so
         that the next ones go elsewhere (virtual loss).
-      deviation: the default policy's probability, at each step, of leaving the best chain.
     Returns a Result. It holds fewer than `simulations` chains only where there are no more.
     Raises ValueError for a number out of range.
     """
     for name, value, least in [("n_layers", n_layers, 1), ("simulations", simulations, 1), ("batch", batch, 1),
                                ("max_skip", max_skip, 0), ("max_loop", max_loop, 0),
-                               ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0),
-                               ("deviation", deviation, 0)]:
+                               ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0)]:
         if not value >= least:
             raise ValueError(f"{name} must be {least} or more, not {value}")
     rng = random.Random(seed)
@@ -91,19 +92,29 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
     result = Result({full: score([full])[0]}, n_layers, depth_penalty)
     best, root = full, Node()
 
-    def policy(prefix):
-        """Probability of each action after a prefix: the best chain's next step, less `deviation` for all others."""
-        last = prefix[-1] if prefix else -1
-        actions = [STOP]
-        if len(prefix) < 2 * n_layers:
-            actions += range(max(0, last + 1 - max_loop), min(n_layers, last + 2 + max_skip))
-        rest = best[len(prefix):]
-        if tuple(prefix) != best[:len(prefix)]:  # rejoin the best chain further on
-            rest = [layer for layer in best if layer > last]
-        likely = rest[0] if rest and rest[0] in actions else STOP
-        if len(actions) == 1:
+    def policy(prefix, position):
+        """The weight of each action after a prefix that has come to this position of the best chain."""
+        if len(prefix) == 2 * n_layers:
             return {STOP: 1.0}
-        return {a: 1 - deviation if a == likely else deviation / (len(actions) - 1) for a in actions}
+        last = prefix[-1] if prefix else -1
+        window = range(max(0, last + 1 - max_loop), min(n_layers, last + 2 + max_skip))
+        likely = STOP
+        if window and position < len(best):
+            likely = min(max(best[position], window[0]), window[-1])
+        ahead = [layer for layer in window if likely != STOP and layer > likely]
+        back = [layer for layer in window if likely == STOP or layer < likely]
+        weights = {likely: 1 - DEVIATION}
+        for share, actions in [(SKIP, ahead), (LOOP, back), (EXIT, [STOP])]:
+            for action in actions:
+                weights.setdefault(action, DEVIATION * share / len(actions))
+        return weights
+
+    def follow(layer, position):
+        """The position of the best chain after a layer was appended: behind its nearest use of that layer."""
+        uses = [i for i, used in enumerate(best) if used == layer]
+        if uses:
+            return min(uses, key=lambda i: abs(i - position)) + 1
+        return next((i for i in range(position, len(best)) if best[i] > layer), len(best))
 
     def bound(node, action):
         child = node.children.get(action)
@@ -112,19 +123,21 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
 
     def simulate():
         """One walk from the root: the nodes on its way, and the complete chain."""
-        node, path, prefix, action = root, [root], [], None
-        while action != STOP and node.visits:
-            node.prior = node.prior or policy(prefix)
-            still_open = [a for a in node.prior if a not in node.children or not node.children[a].closed]
-            action = max(still_open, key=lambda a: bound(node, a))
-            node = node.children.setdefault(action, Node())
-            path.append(node)
+        node, path, prefix, position = root, [root], [], 0
+        while True:
+            if node is not None and node.visits:  # selection, and expansion by the last node that it comes to
+                node.prior = node.prior or policy(prefix, position)
+                still_open = [a for a in node.prior if a not in node.children or not node.children[a].closed]
+                action = max(still_open, key=lambda a: bound(node, a))
+                node = node.children.setdefault(action, Node())
+                path.append(node)
+            else:  # rollout
+                node, weights = None, policy(prefix, position)
+                action = rng.choices(list(weights), weights.values())[0]
+            if action == STOP:
+                return path, tuple(prefix)
             prefix.append(action)
-        while action != STOP:
-            choices = policy(prefix)
-            action = rng.choices(list(choices), choices.values())[0]
-            prefix.append(action)
-        return path, tuple(prefix[:-1])
+            position = follow(action, position)
 
     def back_up(path, chain):
         for node in path:
@@ -152,6 +165,9 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         for chain, paths in pending.items():
             for path in paths:
                 back_up(path, chain)
-        if result.best not in (None, best):
-            best, root = result.best, Node()  # the default policy changes, and the priors with it
+        right = [chain for chain in pending if result.evaluated[chain] > 0]
+        if right:
+            newest = max(right, key=result.reward)  # of equals the newest, so that the search drifts along a plateau
+            if not result.evaluated[best] > 0 or result.reward(newest) >= result.reward(best):
+                best, root = newest, Node()  # the default policy changes, and the priors with it
     return result
