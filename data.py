@@ -25,8 +25,8 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 
-NUMBERS = {1: 2, 2: 3, 3: 4, 4: 6, 5: 7}  # how many numbers a problem of each arithmetic level adds and subtracts
-LIMIT = 100  # every number is below
+NUMBERS = {1: 3, 2: 4, 3: 5, 4: 7, 5: 8}  # how many numbers a problem of each arithmetic level adds and subtracts
+LIMIT = 20  # every number is below
 SIZE = 2000  # problems in each arithmetic dataset
 VIEWED = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read through the hub's dataset viewer: repository, config
           "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge"),
@@ -113,12 +113,12 @@ def exact_match(prediction, answer):
 
 # Arithmetic: generated, the same on every machine.
 
-def random_sum(rng, n_numbers, limit=LIMIT):
-    """A question and its answer, as "What is 12 + 7 - 30?" and "-11", with numbers below the limit."""
-    value = rng.randrange(limit)
+def random_sum(rng, n_numbers):
+    """A question and its answer, as "What is 12 + 7 - 30?" and "-11", with numbers below 20."""
+    value = rng.randrange(LIMIT)
     question = f"What is {value}"
     for _ in range(n_numbers - 1):
-        sign, number = rng.choice("+-"), rng.randrange(limit)
+        sign, number = rng.choice("+-"), rng.randrange(LIMIT)
         question += f" {sign} {number}"
         value += number if sign == "+" else -number
     return f"{question}?", str(value)

@@ -1,0 +1,184 @@
+"""The price of one evaluated chain, four ways, in one run on one machine.
+
+    python -m scripts.bench
+    python -m scripts.bench --model path/to/checkpoint --arc path/to/arc_easy.jsonl
+
+  (a) `generate` of transformers, greedy, on a ModuleList of the chain's layers with a cache slot for each step
+  (b) `Llama.generate`
+  (c) `Verifier`, one chain at a time, nothing kept from chain to chain
+  (d) a whole search, `mcts.search` on one `Verifier`: the time of both, divided by the chains evaluated
+
+(d) comes first; (a), (b) and (c) then run a random subset of its chains, and the verdicts are compared. The empty chain
+counts in none of the four, for transformers cannot cache it. Arguments not listed here go to cola.py, such as --device.
+"""
+import argparse
+import copy
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import cola  # before torch, as it silences a warning
+import torch
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
+
+import data
+import mcts
+from model import Verifier, fetch
+
+try:
+    import transformers
+    transformers.logging.disable_progress_bar()
+except ImportError:
+    transformers = None
+
+SAMPLES = (0, 2, 4)  # of each dataset; in arithmetic they are of levels 1, 3 and 5
+
+
+def load_reference(folder, weight):
+    """The checkpoint in transformers, as a function from a chain to the model that runs it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype).to(weight.device).eval()
+    config, layers, types = model.config, model.model.layers, getattr(model.config, "layer_types", None)
+
+    def with_chain(chain):
+        steps = [copy.copy(layers[i]) for i in chain]  # the weights stay shared
+        for i, step in enumerate(steps):
+            step._modules = step._modules | {"self_attn": copy.copy(step.self_attn)}  # copy.copy shares the dict
+            step.self_attn.layer_idx = i  # the cache's slot
+        model.model.layers, config.num_hidden_layers = torch.nn.ModuleList(steps), len(chain)
+        if types:
+            config.layer_types = [types[i] for i in chain]
+        return model
+    return with_chain
+
+
+def one_by_one(sample, reference):
+    """(a), (b) and (c), each as a function from a chain to its verdict."""
+    model, prompt, stop = sample.model, sample.prompt, sample.stop
+    limit = len(sample.target) + (stop is not None)  # tokens that settle whether the answer is right
+    tokens = torch.tensor([prompt], device=model.lm_head.weight.device)
+    alone = Verifier(model, prompt, sample.target, stop, cache_mb=0)
+
+    def right(new):
+        ended = stop is None or len(new) < limit
+        return ended and data.exact_match(sample.tokenizer.decode(new), sample.problem.answer)
+
+    def transformers_generate(chain):
+        new = reference(chain).generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, use_cache=True,
+                                        max_new_tokens=limit, eos_token_id=sorted(stop or ()) or None, pad_token_id=0)
+        new = new[0, len(prompt):].tolist()
+        return right(new[:-1] if stop and new[-1] in stop else new)
+
+    ways = {"a": transformers_generate} if reference else {}
+    return ways | {"b": lambda chain: right(model.generate(prompt, chain, limit, stop or ())),
+                   "c": lambda chain: alone([chain])[0]}
+
+
+def ideal_seconds(model, length, calls):
+    """What the products of all layer steps would take at the speed of one plain product of their mean shape.
+
+    Counts linear layers and causal attention. `calls` lists (layer, batch); a step is one layer on `length` tokens.
+    """
+    config, like, steps = model.config, model.lm_head.weight, sum(batch for _, batch in calls)
+    work = 2 * config.num_attention_heads * config.head_dim * length * (length + 1) * steps
+    for layer, batch in calls:
+        for name, weight in layer.named_parameters():
+            if weight.ndim == 2:
+                share = config.num_experts_per_tok / len(layer.mlp.experts) if ".experts." in name else 1
+                work += 2 * weight.numel() * share * batch * length
+    x = torch.randn(round(length * steps / len(calls)), config.hidden_size, dtype=like.dtype, device=like.device)
+    w = torch.randn(config.hidden_size, config.intermediate_size, dtype=like.dtype, device=like.device)
+    timer = Timer("torch.mm(x, w, out=y)", globals={"torch": torch, "x": x, "w": w, "y": x @ w},
+                  num_threads=torch.get_num_threads())
+    return work / (2 * len(x) * w.numel()) * timer.blocked_autorange(min_run_time=0.5).median
+
+
+def bench(sample, reference, args, simulations, subset, bar, total):
+    """Measures one sample and adds to the case's `total`; returns a line for each chain whose verdicts differ."""
+    model, verify = sample.model, sample.verify
+    options = args.seed, args.depth_penalty, args.exploration, args.max_skip, args.max_loop, args.batch
+    calls = []  # (layer, batch)
+
+    def score(chains):
+        begun = time.perf_counter()
+        verdicts = verify(chains)
+        total["inside"] += time.perf_counter() - begun
+        bar.update(len(chains))
+        return verdicts
+
+    warm_up = Verifier(model, sample.prompt, sample.target, sample.stop)
+    mcts.search(warm_up, len(model.layers), 1 + args.batch, *options)
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, len(inputs[0]))))
+             for layer in model.layers]
+    start = time.perf_counter()
+    verdicts = {"d": mcts.search(score, len(model.layers), simulations, *options).evaluated}
+    total["d"] += time.perf_counter() - start
+    for hook in hooks:
+        hook.remove()
+    length, chains = len(sample.prompt + sample.target), [chain for chain in verdicts["d"] if chain]
+    right, ideal = sum(verdicts["d"][chain] for chain in chains), ideal_seconds(model, length, calls)
+    total.update(chains=len(chains), right=right, tokens=length, run=verify.steps_run, asked=verify.steps_asked,
+                 calls=len(calls), ideal=ideal)
+
+    chains = random.Random(args.seed).sample(chains, min(subset, len(chains)))
+    for way, evaluate in one_by_one(sample, reference).items():
+        evaluate(chains[0])  # warm up
+        start = time.perf_counter()
+        verdicts[way] = {chain: evaluate(chain) for chain in chains}
+        total[way] += time.perf_counter() - start
+        bar.update(len(chains))
+    differ = [chain for chain in chains if len({verdicts[way][chain] for way in verdicts}) > 1]
+    total.update(subset=len(chains), differ=len(differ))
+    return [f"- {sample.problem.id}, chain {cola.format_chain(chain)}: right only by "
+            + ", ".join(f"({way})" for way in sorted(verdicts) if verdicts[way][chain]) for chain in differ]
+
+
+def row(label, total):
+    """The table's line on a case."""
+    price = {way: 1000 * total[way] / total["chains" if way == "d" else "subset"] for way in "abcd" if total[way]}
+    cells = [label, f"{total['tokens'] / len(SAMPLES):.0f}", f"{total['chains']}, {total['right']} right",
+             *(f"{price[way]:.3g}" if way in price else "-" for way in "abcd"),
+             ", ".join(f"{price[way] / price['d']:.1f}" for way in "abc" if way in price),
+             f"{total['run'] / total['asked']:.0%}", f"{total['run'] / total['calls']:.1f}",
+             f"{1 - total['inside'] / total['d']:.1%}", f"{total['ideal'] / total['inside']:.0%}",
+             f"{total['differ']} of {total['subset']}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", default=["tiny"], metavar="NAME", help="a checkpoint besides tiny")
+    parser.add_argument("--arc", default="arc-easy", metavar="NAME", help="ARC for it, or a file (default: arc-easy)")
+    parser.add_argument("--simulations", type=int, nargs=2, default=[200, 64], metavar=("TINY", "OTHERS"),
+                        help="chains that (d) evaluates for a sample (default: 200 64)")
+    parser.add_argument("--subset", type=int, default=32, metavar="N", help="chains of (a), (b), (c) (default: 32)")
+    args, rest = parser.parse_known_args()
+
+    lines, unlike = [], []
+    for name in args.model:
+        own = cola.parser().parse_args(["--sample-id=0", f"--model={name}", "--no-chat", *rest])
+        model, tokenizer = cola.load_checkpoint(own)
+        weight, simulations = model.lm_head.weight, args.simulations[name != "tiny"]
+        folder = cola.TINY if name == "tiny" else fetch(name, own.revision)
+        reference = transformers and load_reference(folder, weight)
+        for dataset, shots in [("arithmetic", 0)] if name == "tiny" else [(args.arc, 0), ("arithmetic-1", 2)]:
+            label, problems = f"{Path(name).name}, {Path(dataset).stem}, {shots} shots", data.load(dataset, shots)
+            total, todo = Counter(), len(SAMPLES) * (simulations + (3 if reference else 2) * args.subset)
+            with tqdm(total=todo, desc=label, unit="chain") as bar:
+                for i in SAMPLES:
+                    sample = cola.Sample(model, tokenizer, problems[i], own.cache_mb)
+                    unlike += bench(sample, reference, own, simulations, args.subset, bar, total)
+            lines.append(row(label, total))
+
+    print(f"torch {torch.__version__}, threads: {torch.get_num_threads()}, {weight.device}, {weight.dtype};",
+          f"transformers {transformers.__version__};" if transformers else "(a) left out, for want of transformers;",
+          f"(a), (b), (c) on {args.subset} random chains a sample of those of (d)\n")
+    print("| case | tokens | chains | (a) ms | (b) ms | (c) ms | (d) ms | a/d, b/d, c/d | steps run | mean batch "
+          "| outside verifier | of GEMM rate | verdicts differ |")
+    print("|---|" + "---:|" * 12, *lines, *(["", *unlike] if unlike else []), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
