@@ -8,6 +8,7 @@ Follows CoLa (arXiv 2507.07996): the layers of a pretrained LLM are modules that
 reordered for each input, with no training. Layers are numbered from 0; a chain reads like 0-5,5,8-11.
 """
 import argparse
+import os
 import sys
 import time
 import warnings
@@ -79,13 +80,13 @@ def load_checkpoint(args):
 def parse_chain(text, n_layers):
     """"0-5,5,8-11" to a tuple of layers; an empty text is the empty chain."""
     chain = []
-    for part in text.replace(" ", "").split(",") if text.strip() else []:
-        first, dash, last = part.partition("-")
+    for part in text.split(",") if text.strip() else []:
+        first, dash, last = map(str.strip, part.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise ValueError(f"chain {text!r} has a malformed part {part!r}; write layers and ranges, such as 0-5,5,8-11")
+        if int(last or first) >= n_layers:
+            raise ValueError(f"layer {last or first} does not exist; the model has layers 0 to {n_layers - 1}")
         chain += range(int(first), int(last or first) + 1)
-    if chain and max(chain) >= n_layers:
-        raise ValueError(f"layer {max(chain)} does not exist; the model has layers 0 to {n_layers - 1}")
     return tuple(chain)
 
 
@@ -180,53 +181,56 @@ def say(label, text):
         label = ""
 
 
-def say_answer(label, sample, chain):
+def say_answer(label, sample, chain, drawing=False):
+    """Prints what the model answers under a chain and, with a drawing, the chain."""
     text, right = sample.answer(chain)
-    say(label, f"{text!r}, {'right' if right else 'wrong'}, depth {len(chain)} of {sample.model.config.num_hidden_layers}")
-    return right
-
-
-def run(args):
-    sample = load_sample(args)
-    model, problem = sample.model, sample.problem
-    n_layers, weight = model.config.num_hidden_layers, model.lm_head.weight
-    chain = None if args.chain is None else parse_chain(args.chain, n_layers)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    say("model", f"{args.model}: {n_layers} layers, {size / 1e6:.1f}M parameters, {weight.device}, "
-                 f"{str(weight.dtype).removeprefix('torch.')}")
-    say("sample", f"{args.dataset} {args.sample_id} ({problem.id}), {'chat' if sample.tokenizer.chat else 'plain'} prompt of "
-                  f"{len(sample.prompt)} tokens")
-    say("question", problem.question)
-    say("gold", problem.answer)
-    if chain is not None:
-        say_answer("answer", sample, chain)
+    n_layers = sample.model.config.num_hidden_layers
+    say(label, f"{text!r}, {'right' if right else 'wrong'}, depth {len(chain)} of {n_layers}")
+    if drawing:
         say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
-        return
-    say_answer("full", sample, range(n_layers))
 
+
+def search_chain(args, sample):
+    """Searches the sample's chain, with a progress bar, and prints what was found."""
     start = time.perf_counter()
     with tqdm(total=args.simulations, desc="search", unit="chain", disable=None, leave=False) as bar:
         def score(chains):
             verdicts = sample.verify(chains)
             bar.update(len(chains))
             return verdicts
-        result = mcts.search(score, n_layers, args.simulations, args.seed, args.depth_penalty, args.exploration,
-                             args.max_skip, args.max_loop, args.batch)
+        result = mcts.search(score, sample.model.config.num_hidden_layers, args.simulations, args.seed,
+                             args.depth_penalty, args.exploration, args.max_skip, args.max_loop, args.batch)
     seconds = time.perf_counter() - start
     say("search", f"{len(result.evaluated)} chains evaluated, {len(result.right())} right, in {seconds:.2f} s, "
                   f"{len(result.evaluated) / seconds:.1f} chains/s\n"
                   f"{sample.verify.steps_run} layer steps run of {sample.verify.steps_asked} asked for")
-    discarded = 0
-    for chain in result.right():
-        if sample.answer(chain)[1]:  # plain generation has the last word
-            say_answer("best", sample, chain)
-            say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
-            break
-        discarded += 1
-    else:
+    confirmed = (chain for chain in result.right() if sample.answer(chain)[1])  # plain generation has the last word
+    best = next(confirmed, None)
+    discarded = result.right().index(best) if best is not None else len(result.right())
+    if best is None:
         say("best", "none: no chain that answers right was found")
+    else:
+        say_answer("best", sample, best, drawing=True)
     if discarded:
         say("discarded", f"{discarded} better chains whose answer plain generation did not confirm")
+
+
+def run(args):
+    sample = load_sample(args)
+    model, problem, weight = sample.model, sample.problem, sample.model.lm_head.weight
+    n_layers, size = model.config.num_hidden_layers, sum(parameter.numel() for parameter in model.parameters())
+    chain = None if args.chain is None else parse_chain(args.chain, n_layers)
+    say("model", f"{args.model}: {n_layers} layers, {size / 1e6:.1f}M parameters, {weight.device}, "
+                 f"{str(weight.dtype).removeprefix('torch.')}")
+    say("sample", f"{args.dataset} {args.sample_id} ({problem.id}), {'chat' if sample.tokenizer.chat else 'plain'} prompt of "
+                  f"{len(sample.prompt)} tokens")
+    say("question", problem.question)
+    say("gold", problem.answer)
+    if chain is None:
+        say_answer("full", sample, range(n_layers))
+        search_chain(args, sample)
+    else:
+        say_answer("answer", sample, chain, drawing=True)
 
 
 def one_line(error):
@@ -239,22 +243,31 @@ def one_line(error):
         return "no such folder, and no such repository on the hub; check the name, or log in with `hf auth login`"
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return "not a folder, nor wholly in the hub's cache, and the hub cannot be reached; try again online"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device has too little memory; use a smaller model, --cache-mb or --batch, or --device cpu"
     if isinstance(error, HTTPError):
         return f"the hub does not answer as it should ({' '.join(str(error).split())}); try again later"
     return " ".join(str(error).split())
 
 
+def exit_on_error(program, run, *arguments):
+    """Runs a command; what is wrong with its input ends in one line on stderr and exit code 2."""
+    try:
+        run(*arguments)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (ValueError, OSError, HTTPError, torch.OutOfMemoryError) as error:
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the question
-    args = parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError, HTTPError) as error:
-        print(f"cola.py: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("cola.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    exit_on_error("cola.py", run, parser().parse_args(argv))
 
 
 if __name__ == "__main__":

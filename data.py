@@ -207,14 +207,14 @@ def fetch_rows(repo, config, split):
                 page = answer.json()
                 total = bar.total = page["num_rows_total"]
                 in_order = [row["row_idx"] for row in page["rows"]] == [*range(len(rows), min(total, len(rows) + 100))]
+                rows += [row["row"] for row in page["rows"]]
             except (ValueError, KeyError, TypeError):
                 in_order = False
-            if not in_order:
+            if not in_order or not rows:
                 raise ValueError(f"{viewer} did not send the rows of {repo} that it was asked for; try again later")
-            rows += page["rows"]
             bar.update(len(page["rows"]))
     partial = file.with_suffix(".partial")  # so that a file of the final name is always whole
-    partial.write_text("".join(json.dumps(row["row"]) + "\n" for row in rows), encoding="utf-8")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return partial.replace(file)
 
 
@@ -241,7 +241,7 @@ class Tokenizer:
             raise ValueError(f"{file} is not a tokenizer ({error}); fetch the checkpoint again") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.settings = read_json(folder / "tokenizer_config.json")
+        self.settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
         self.template = self.find_template(folder) if chat else None
         self.chat = self.template is not None
         ends = read_json(folder / "generation_config.json").get("eos_token_id")
@@ -273,6 +273,9 @@ class Tokenizer:
         prompt, answer = problem.prompt, f" {problem.answer}"
         if self.chat:
             prompt, answer = self.render(problem.messages), problem.answer
+            whole = self.render([*problem.messages, {"role": "assistant", "content": answer}], answered=True)
+            before = whole.removeprefix(prompt).partition(answer)[0]
+            answer = before + answer if before.isspace() else answer  # some templates put a space before each answer
         ids, both = self.encode_text(prompt), self.encode_text(prompt + answer)
         if both[:len(ids)] != ids:  # a token reaches across the border
             both = ids + self.tokenizer.encode(answer, add_special_tokens=False).ids
@@ -281,8 +284,8 @@ class Tokenizer:
     def decode(self, ids):
         return self.tokenizer.decode(ids)
 
-    def render(self, messages):
-        """The conversation as text, up to where the model answers."""
+    def render(self, messages, answered=False):
+        """The conversation as text; unless it is answered already, up to where the model answers."""
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
@@ -294,7 +297,7 @@ class Tokenizer:
         special = {name: self.special(name) for name in self.settings if name.endswith("_token") and self.special(name)}
         try:
             return environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None, **special)
+                messages=messages, add_generation_prompt=not answered, tools=None, documents=None, **special)
         except Exception as error:  # a template is somebody else's program
             raise ValueError(f"the chat template fails ({error}); use --no-chat") from None
 

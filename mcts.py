@@ -9,7 +9,7 @@ less than that loops, more skips; stopping before the last layer is an early exi
   4. backs up: adds the chain's reward to every node on the way.
 The default policy mostly does what the best chain found so far does; at times it skips, loops or stops there, and then
 goes on with the best chain. The same weights are the prior of step 1, so the tree grows along promising chains instead
-of level by level.
+of level by level. When a better chain is found the tree starts anew, for its priors followed the old one.
 
 References: UCT, Kocsis & Szepesvari 2006; priors in the bound (PUCT), Silver et al. 2016; CoLa, arXiv 2507.07996,
 section 3 (its search edits whole chains by blocks; ours builds them layer by layer).
@@ -77,8 +77,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       depth_penalty: what the full depth costs in the reward, where a right answer is worth 1.
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: the window of layers that may be appended (see above); chains hold up to 2 * n_layers steps.
-      batch: how many chains to ask `score` for at a time; a walk whose score is pending counts as a loss until then, so
-        that the next ones go elsewhere (virtual loss).
+      batch: how many chains to ask `score` for at a time; until then a walk counts as a visit without reward, so that
+        the next ones go elsewhere (virtual loss).
     Returns a Result. It holds fewer than `simulations` chains only where there are no more.
     Raises ValueError for a number out of range.
     """

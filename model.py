@@ -33,12 +33,12 @@ class Config:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
+    rms_norm_eps: float
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
     rope_parameters: dict | None = None
-    clip_qkv: float | None = None  # bound of queries, keys and values (OLMoE)
+    clip_qkv: float | int | None = None  # bound of queries, keys and values (OLMoE)
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False
     moe_intermediate_size: int | None = None
@@ -58,6 +58,8 @@ class Config:
         try:
             # transformers 5 writes rope_parameters; older checkpoints hold rope_theta and rope_scaling with a "type".
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            if raw.get("rope_parameters") and raw.get("rope_scaling", rope) not in (None, rope):
+                raise TypeError("rope_parameters and rope_scaling differ")
             rope = {"rope_theta": raw.get("rope_theta") or 10000.0, "rope_type": rope.get("type", "default"), **rope}
             partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1))
             for name, found, supported in [("model_type", raw.get("model_type"), MODEL_TYPES),
@@ -69,12 +71,17 @@ class Config:
                     raise ValueError(f"{path}: {name} {found!r} is not supported; take a checkpoint with "
                                      f"{', '.join(map(str, supported))}")
             for key in ["rope_theta", *ROPE_KEYS[rope["rope_type"]]]:
-                if not isinstance(rope.get(key), (int, float)):
-                    raise TypeError(f"rope_parameters lacks {key}")
+                if not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
+                    raise TypeError(f"rope_parameters: {key} is {rope.get(key)!r}")
             config = cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
             config.rope_parameters = rope
-            if raw.get("sliding_window") and raw.get("use_sliding_window", True):  # up to the window attention is full
-                config.max_position_embeddings = min(config.max_position_embeddings, raw["sliding_window"])
+            for field in fields(cls):
+                value, type_ = getattr(config, field.name), float | int if field.type is float else field.type
+                if not isinstance(value, type_):
+                    raise TypeError(f"{field.name} is {value!r}")
+            window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
+            if window and raw.get("use_sliding_window", True):  # up to the window attention is full
+                config.max_position_embeddings = min(config.max_position_embeddings, window)
             if min(config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
                    config.num_attention_heads // config.num_key_value_heads, config.head_dim // 2) < 1:
                 raise TypeError("a size is below 1")
@@ -90,7 +97,7 @@ class KVCache:
     slot i belongs to the i-th step of the chain, whichever layer runs there. One cache serves one chain.
 
     Attributes:
-      length: number of tokens held.
+      length, chain: number of tokens held, and the chain that they went through.
       slots: list with a pair (keys, values) for each step, each [B, key/value heads, length, head_dim].
     """
 
@@ -197,11 +204,13 @@ class Experts(nn.Module):
         super().__init__()
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         size, n_experts = config.hidden_size, shapes["mlp.gate.weight"][0]
+        if not 1 <= self.top_k <= n_experts:
+            raise ValueError(f"config.json asks for {self.top_k} of {n_experts} experts; fetch the checkpoint again")
         self.gate = nn.Linear(size, n_experts, bias=False)
         self.experts = nn.ModuleList(MLP(size, config.moe_intermediate_size) for _ in range(n_experts))
         self.shared_expert = None
         if "mlp.shared_expert_gate.weight" in shapes:
-            self.shared_expert = MLP(size, config.shared_expert_intermediate_size)
+            self.shared_expert = MLP(size, config.shared_expert_intermediate_size or config.intermediate_size)
             self.shared_expert_gate = nn.Linear(size, 1, bias=False)
 
     def forward(self, x):
@@ -281,8 +290,7 @@ class Llama(nn.Module):
             for name in tensors.keys():
                 if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what follows from the config
                     stored[name.removeprefix("model.")] = tensors, name, file
-        if config.tie_word_embeddings:
-            stored.pop("lm_head.weight", None)
+        config.tie_word_embeddings &= "lm_head.weight" not in stored  # a head that is there is used
         shapes = {name: tensors.get_slice(full_name).get_shape() for name, (tensors, full_name, _) in stored.items()}
         with torch.device("meta"):  # no memory yet: the tensors read below become the parameters, one by one
             model = cls(config, shapes)
@@ -291,11 +299,17 @@ class Llama(nn.Module):
             if shapes.get(name) != expected.get(name):
                 raise ValueError(f"{path}: tensor {name} is {shapes.get(name, 'missing')}, where config.json asks for "
                                  f"{expected.get(name, 'no such tensor')}; fetch the checkpoint again")
+        parts = [within(shapes, f"layers.{i}.") for i in range(len(model.layers))]
+        attention = {frozenset(name for name in part if name.startswith("self_attn.")) for part in parts}
+        shared = {"mlp.shared_expert_gate.weight" in part for part in parts if "mlp.gate.weight" in part}
+        if len(attention) > 1 or len(shared) > 1:
+            raise ValueError(f"{path}: some layers lack tensors that others have; fetch the checkpoint again")
         weights = {}
         for name, (tensors, full_name, file) in stored.items():
-            weights[name] = tensors.get_tensor(full_name).to(dtype)
+            weights[name] = tensors.get_tensor(full_name)
             if not all(extreme.isfinite() for extreme in weights[name].aminmax()):  # NaN spreads to both
                 raise ValueError(f"{file}: tensor {full_name} holds NaN or infinity; fetch the checkpoint again")
+            weights[name] = weights[name].to(dtype)
         model.load_state_dict(weights, strict=False, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
@@ -346,11 +360,13 @@ class Llama(nn.Module):
         """Greedy decoding: a list of prompt ids to the list of new ids, without the `stop` token that ended it."""
         cache, new = KVCache(), []
         step = torch.tensor([tokens], device=self.lm_head.weight.device)
-        while len(new) < max_new_tokens and len(tokens) + len(new) <= self.config.max_position_embeddings:
+        while len(new) < max_new_tokens:
             token = self.lm_head(self.hidden(step, chain, cache)[0, -1]).argmax().item()
             if token in stop:
                 break
             new.append(token)
+            if cache.length == self.config.max_position_embeddings:
+                break
             step = step.new_tensor([[token]])
         return new
 
@@ -361,8 +377,8 @@ def fetch(path_or_repo, revision=None):
         return Path(path_or_repo)
     # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
     return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "model.safetensors.index.json", "model*.safetensors"]))
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "chat_template.jinja", "model.safetensors.index.json", "model*.safetensors"]))
 
 
 def read_json(path):
@@ -404,7 +420,7 @@ def find_device(name=None):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device {str(name)!r} is not there; use cpu" + ", or cuda" * torch.cuda.is_available()) from None
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device  # safetensors knows no cpu:0
 
 
 def check_chain(chain, n_layers):
@@ -437,7 +453,8 @@ class Verifier:
       model: a Llama.
       prompt, answer: lists of token ids, the prompt not empty.
       stop: ids one of which must follow the answer; None where an answer is complete as it stands.
-      cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; verdicts do not depend on it.
+      cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; but for rounding, verdicts do
+        not depend on it.
     Attributes:
       steps_asked: layer steps of all the chains so far, as if each was run by itself.
       steps_run: layer steps that were run.
@@ -458,9 +475,11 @@ class Verifier:
     @torch.inference_mode()
     def __call__(self, chains):
         """A list of chains to a list of bool. Raises ValueError for a layer that the model does not have."""
+        if not chains:
+            return []
         chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
         self.steps_asked += sum(map(len, chains))
-        ends, ready, then = dict.fromkeys(chains), defaultdict(list), defaultdict(list)
+        ends, ready, then = dict.fromkeys(chains), defaultdict(list), defaultdict(dict)
 
         def advance(prefix, state):  # this prefix is done: what it allows to run next
             if prefix in ends:
@@ -473,8 +492,7 @@ class Verifier:
             known = next(n for n in range(len(chain), -1, -1) if n == 0 or chain[:n] in self.states)
             begun[chain[:known]] = None
             for n in range(known + 1, len(chain) + 1):
-                then[chain[:n - 1]].append(chain[:n])
-        then = defaultdict(list, {prefix: list(dict.fromkeys(longer)) for prefix, longer in then.items()})
+                then[chain[:n - 1]][chain[:n]] = None
         for prefix in begun:
             advance(prefix, self.recall(prefix))
         while ready:

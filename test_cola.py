@@ -33,7 +33,8 @@ ROOT = Path(cola.__file__).resolve().parent
 def random_model(n_layers=5, **changes):
     torch.manual_seed(0)
     return Llama(Config(**{"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": n_layers,
-                           "num_attention_heads": 4, "num_key_value_heads": 2, **changes})).eval()
+                           "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+                           **changes})).eval()
 
 
 def chains_of(n_layers):

@@ -146,16 +146,7 @@ def row(label, total):
     return f"| {' | '.join(cells)} |"
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", default=["tiny"], metavar="NAME", help="a checkpoint besides tiny")
-    parser.add_argument("--arc", default="arc-easy", metavar="NAME", help="ARC for it, or a file (default: arc-easy)")
-    parser.add_argument("--simulations", type=int, nargs=2, default=[200, 64], metavar=("TINY", "OTHERS"),
-                        help="chains that (d) evaluates for a sample (default: 200 64)")
-    parser.add_argument("--subset", type=int, default=32, metavar="N", help="chains of (a), (b), (c) (default: 32)")
-    args, rest = parser.parse_known_args()
-
+def main(args, rest):
     lines, unlike = [], []
     for name in args.model:
         own = cola.parser().parse_args(["--sample-id=0", f"--model={name}", "--no-chat", *rest])
@@ -181,4 +172,11 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", default=["tiny"], metavar="NAME", help="a checkpoint besides tiny")
+    parser.add_argument("--arc", default="arc-easy", metavar="NAME", help="ARC for it, or a file (default: arc-easy)")
+    parser.add_argument("--simulations", type=int, nargs=2, default=[200, 64], metavar=("TINY", "OTHERS"),
+                        help="chains that (d) evaluates for a sample (default: 200 64)")
+    parser.add_argument("--subset", type=int, default=32, metavar="N", help="chains of (a), (b), (c) (default: 32)")
+    cola.exit_on_error("bench", main, *parser.parse_known_args())
