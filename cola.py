@@ -40,7 +40,8 @@ def parser():
     sample.add_argument("--sample-id", type=int, required=True, metavar="N", help="position in the dataset, from 0")
     sample.add_argument("--dataset", default="arithmetic", metavar="NAME",
                         help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
-    sample.add_argument("--shots", type=int, default=0, metavar="N", help="worked examples before the question (default: 0)")
+    sample.add_argument("--shots", type=int, default=0, metavar="N",
+                        help="worked examples before the question (default: 0)")
     sample.add_argument("--split", metavar="NAME", help="train, validation or test, for arc and gsm8k (default: test)")
     sample.add_argument("--no-chat", action="store_true", help="give a chat model the plain prompt of a base model")
     model = p.add_argument_group("model")
@@ -83,7 +84,7 @@ def parse_chain(text, n_layers):
     for part in text.split(",") if text.strip() else []:
         first, dash, last = map(str.strip, part.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise ValueError(f"chain {text!r} has a malformed part {part!r}; write layers and ranges, such as 0-5,5,8-11")
+            raise ValueError(f"chain {text!r} has a malformed part {part!r}; write layers and ranges: 0-5,5,8-11")
         if int(last or first) >= n_layers:
             raise ValueError(f"layer {last or first} does not exist; the model has layers 0 to {n_layers - 1}")
         chain += range(int(first), int(last or first) + 1)
@@ -185,7 +186,7 @@ def say_answer(label, sample, chain, drawing=False):
     """Prints what the model answers under a chain and, with a drawing, the chain."""
     text, right = sample.answer(chain)
     n_layers = sample.model.config.num_hidden_layers
-    say(label, f"{text!r}, {'right' if right else 'wrong'}, depth {len(chain)} of {n_layers}")
+    say(label, f"{text!r}, {'right' if right else 'wrong'}, depth {len(chain)} (full: {n_layers})")
     if drawing:
         say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
 
@@ -203,7 +204,7 @@ def search_chain(args, sample):
     seconds = time.perf_counter() - start
     say("search", f"{len(result.evaluated)} chains evaluated, {len(result.right())} right, in {seconds:.2f} s, "
                   f"{len(result.evaluated) / seconds:.1f} chains/s\n"
-                  f"{sample.verify.steps_run} layer steps run of {sample.verify.steps_asked} asked for")
+                  f"{sample.verify.steps_run} layer steps run for the {sample.verify.steps_asked} of all these chains")
     confirmed = (chain for chain in result.right() if sample.answer(chain)[1])  # plain generation has the last word
     best = next(confirmed, None)
     discarded = result.right().index(best) if best is not None else len(result.right())
@@ -222,8 +223,8 @@ def run(args):
     chain = None if args.chain is None else parse_chain(args.chain, n_layers)
     say("model", f"{args.model}: {n_layers} layers, {size / 1e6:.1f}M parameters, {weight.device}, "
                  f"{str(weight.dtype).removeprefix('torch.')}")
-    say("sample", f"{args.dataset} {args.sample_id} ({problem.id}), {'chat' if sample.tokenizer.chat else 'plain'} prompt of "
-                  f"{len(sample.prompt)} tokens")
+    say("sample", f"{args.dataset} {args.sample_id} ({problem.id}), "
+                  f"{'chat' if sample.tokenizer.chat else 'plain'} prompt of {len(sample.prompt)} tokens")
     say("question", problem.question)
     say("gold", problem.answer)
     if chain is None:
@@ -242,7 +243,7 @@ def one_line(error):
     if isinstance(error, RepositoryNotFoundError):
         return "no such folder, and no such repository on the hub; check the name, or log in with `hf auth login`"
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return "not a folder, nor wholly in the hub's cache, and the hub cannot be reached; try again online"
+        return "not on this machine, nor wholly in the hub's cache, and the hub cannot be reached; try again online"
     if isinstance(error, torch.OutOfMemoryError):
         return "the device has too little memory; use a smaller model, --cache-mb or --batch, or --device cpu"
     if isinstance(error, HTTPError):

@@ -62,7 +62,7 @@ class Problem:
 
     @property
     def messages(self):
-        """The conversation to continue, for chat models: they like to explain, so they are asked for the bare answer."""
+        """The conversation to continue, for chat models: inclined to explain, so asked for the bare answer."""
         turns = []
         for problem in (*self.examples, self):
             wish = f"Answer with the {'letter of the right choice' if problem.choices else 'final answer'} only."
@@ -80,8 +80,8 @@ def load(dataset, shots=0, split=None):
       split: "train", "validation" or "test", for benchmarks that have several; None means "test".
     Raises ValueError or OSError (huggingface_hub's errors are among these) that says what is wrong.
     """
-    if shots < 0:
-        raise ValueError(f"shots must be 0 or more, not {shots}")
+    if not 0 <= shots <= 100:
+        raise ValueError(f"shots must be between 0 and 100, not {shots}")
     if split is not None and dataset not in VIEWED:
         raise ValueError(f"{dataset} has no splits; leave --split out")
     if dataset.startswith("arithmetic") and dataset in DATASETS:
@@ -100,10 +100,11 @@ def load(dataset, shots=0, split=None):
             raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
         examples = problems[:shots + 1]  # one more, for no problem is its own example
         if len(examples) <= shots:
-            raise ValueError(f"{dataset} has too few rows ({len(problems)}) for {shots} worked examples; use fewer --shots")
+            raise ValueError(f"{dataset} has too few rows ({len(problems)}) for {shots} examples; use fewer --shots")
     if not shots:
         return problems
-    return [replace(problem, examples=tuple([e for e in examples if e != problem][:shots])) for problem in problems]
+    return [replace(problem, examples=tuple([e for e in examples if e.question != problem.question][:shots]))
+            for problem in problems]
 
 
 def exact_match(prediction, answer):
@@ -152,8 +153,10 @@ def read_jsonl(path):
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    problems.append(read_row(json.loads(line), f"{path}, line {number}", position=len(problems)))
-    except UnicodeDecodeError:
+                    row = json.loads(line)
+                    json.dumps(row, ensure_ascii=False).encode()  # escapes may hide half a character
+                    problems.append(read_row(row, f"{path}, line {number}", position=len(problems)))
+    except UnicodeError:
         raise ValueError(f"{path} is not text in UTF-8; give a JSON Lines file") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: not JSON ({error}); each line must hold one JSON object") from None
@@ -241,9 +244,16 @@ class Tokenizer:
             raise ValueError(f"{file} is not a tokenizer ({error}); fetch the checkpoint again") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        try:
+            self.read_settings(folder, chat)
+        except (AttributeError, KeyError, TypeError, UnicodeError) as error:
+            raise ValueError(f"{folder}: the tokenizer's settings are malformed ({error!r}); fetch the checkpoint "
+                             "again") from None
+
+    def read_settings(self, folder, chat):
         self.settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
         self.template = self.find_template(folder) if chat else None
-        self.chat = self.template is not None
+        self.chat = bool(self.template)
         ends = read_json(folder / "generation_config.json").get("eos_token_id")
         ends = read_json(folder / "config.json").get("eos_token_id") if ends is None else ends
         ids = range(self.tokenizer.get_vocab_size())
@@ -308,7 +318,7 @@ def read_json(path):
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; fetch the checkpoint again")

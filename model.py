@@ -71,20 +71,23 @@ class Config:
                     raise ValueError(f"{path}: {name} {found!r} is not supported; take a checkpoint with "
                                      f"{', '.join(map(str, supported))}")
             for key in ["rope_theta", *ROPE_KEYS[rope["rope_type"]]]:
-                if not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
+                if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < math.inf:
                     raise TypeError(f"rope_parameters: {key} is {rope.get(key)!r}")
             config = cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
             config.rope_parameters = rope
             for field in fields(cls):
                 value, type_ = getattr(config, field.name), float | int if field.type is float else field.type
-                if not isinstance(value, type_):
+                if not isinstance(value, type_) or isinstance(value, bool) and type_ is not bool:
                     raise TypeError(f"{field.name} is {value!r}")
             window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
             if window and raw.get("use_sliding_window", True):  # up to the window attention is full
                 config.max_position_embeddings = min(config.max_position_embeddings, window)
             if min(config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-                   config.num_attention_heads // config.num_key_value_heads, config.head_dim // 2) < 1:
-                raise TypeError("a size is below 1")
+                   config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+                   config.max_position_embeddings, config.moe_intermediate_size) < 1 or not 0 < config.rms_norm_eps < 1:
+                raise TypeError("a size is out of range")
+            if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+                raise TypeError("the numbers of heads, or the halves of a head, do not go into each other")
         except (AttributeError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"{path} does not describe a decoder ({error}); fetch the checkpoint again") from None
         return config
@@ -198,7 +201,7 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """Mixture of experts: each token goes to a few of many small MLPs, and to one that all tokens share, if there is one."""
+    """Mixture of experts: each token goes to a few of many small MLPs, and to a shared one if there is one."""
 
     def __init__(self, config, shapes):
         super().__init__()
@@ -291,6 +294,8 @@ class Llama(nn.Module):
                 if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what follows from the config
                     stored[name.removeprefix("model.")] = tensors, name, file
         config.tie_word_embeddings &= "lm_head.weight" not in stored  # a head that is there is used
+        if config.num_hidden_layers > len(stored):
+            raise ValueError(f"{path} has too few tensors for {config.num_hidden_layers} layers; fetch it again")
         shapes = {name: tensors.get_slice(full_name).get_shape() for name, (tensors, full_name, _) in stored.items()}
         with torch.device("meta"):  # no memory yet: the tensors read below become the parameters, one by one
             model = cls(config, shapes)
@@ -307,6 +312,9 @@ class Llama(nn.Module):
         weights = {}
         for name, (tensors, full_name, file) in stored.items():
             weights[name] = tensors.get_tensor(full_name)
+            if weights[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"{file}: tensor {full_name} is {weights[name].dtype}; quantized weights are not "
+                                 "supported, take another checkpoint")
             if not all(extreme.isfinite() for extreme in weights[name].aminmax()):  # NaN spreads to both
                 raise ValueError(f"{file}: tensor {full_name} holds NaN or infinity; fetch the checkpoint again")
             weights[name] = weights[name].to(dtype)
@@ -373,7 +381,7 @@ class Llama(nn.Module):
 
 def fetch(path_or_repo, revision=None):
     """The folder of a checkpoint: the one given, or the hub's cache after fetching what is missing there."""
-    if Path(path_or_repo).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
+    if Path(path_or_repo).is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_repo)):
         return Path(path_or_repo)
     # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
     return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
@@ -387,7 +395,7 @@ def read_json(path):
         raise FileNotFoundError(f"{path} is missing; give the folder of a checkpoint in the Hugging Face layout")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; fetch the checkpoint again")
@@ -403,7 +411,7 @@ def weight_files(path):
             raise ValueError(f"{path / 'model.safetensors.index.json'} has no weight_map; fetch the checkpoint again")
         files = sorted(set(map(str, index.values())))
     for file in files:
-        if not (path / file).is_file():
+        if Path(file).name != file or not (path / file).is_file():
             raise FileNotFoundError(f"{path / file} is missing; a checkpoint needs its weights as safetensors")
     return [path / file for file in files]
 
@@ -418,8 +426,9 @@ def find_device(name=None):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device {str(name)!r} is not there; use cpu" + ", or cuda" * torch.cuda.is_available()) from None
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"device {str(name)!r} is not there; use {there}") from None
     return torch.device("cpu") if device.type == "cpu" else device  # safetensors knows no cpu:0
 
 
@@ -453,16 +462,18 @@ class Verifier:
       model: a Llama.
       prompt, answer: lists of token ids, the prompt not empty.
       stop: ids one of which must follow the answer; None where an answer is complete as it stands.
-      cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; but for rounding, verdicts do
-        not depend on it.
+      cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; verdicts do not depend
+        on it, but for rounding.
     Attributes:
       steps_asked: layer steps of all the chains so far, as if each was run by itself.
       steps_run: layer steps that were run.
     """
 
     def __init__(self, model, prompt, answer, stop=None, cache_mb=1024):
-        if cache_mb < 0 or not prompt:
-            raise ValueError("cache_mb must be 0 or more, and the prompt must hold a token")
+        if cache_mb < 0:
+            raise ValueError(f"cache_mb must be 0 or more, not {cache_mb}")
+        if not prompt:
+            raise ValueError("the prompt has no tokens; give it at least one")
         self.model, self.stop, self.n_prompt, self.free = model, stop, len(prompt), cache_mb * 2 ** 20
         tokens = torch.tensor([*prompt, *answer], device=model.lm_head.weight.device)
         self.answer = tokens[len(prompt):]

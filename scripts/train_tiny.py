@@ -52,7 +52,8 @@ def make_tokenizer():
 def make_model(vocab_size, seed):
     torch.manual_seed(seed)
     model = Llama(Config(vocab_size=vocab_size, hidden_size=64, intermediate_size=176, num_hidden_layers=12,
-                         num_attention_heads=2, rms_norm_eps=1e-6, max_position_embeddings=512, tie_word_embeddings=True))
+                         num_attention_heads=2, rms_norm_eps=1e-6, max_position_embeddings=512,
+                         tie_word_embeddings=True))
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
