@@ -49,7 +49,6 @@ class Config:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **(self.rope_parameters or {})}
-        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
 
     @classmethod
     def from_json(cls, path):
@@ -82,9 +81,10 @@ class Config:
             window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
             if window and raw.get("use_sliding_window", True):  # up to the window attention is full
                 config.max_position_embeddings = min(config.max_position_embeddings, window)
-            if min(config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-                   config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-                   config.max_position_embeddings, config.moe_intermediate_size) < 1 or not 0 < config.rms_norm_eps < 1:
+            sizes = [config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+                     config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+                     config.max_position_embeddings, config.moe_intermediate_size or 1]
+            if min(sizes) < 1 or not 0 < config.rms_norm_eps < 1:
                 raise TypeError("a size is out of range")
             if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
                 raise TypeError("the numbers of heads, or the halves of a head, do not go into each other")
@@ -210,7 +210,8 @@ class Experts(nn.Module):
         if not 1 <= self.top_k <= n_experts:
             raise ValueError(f"config.json asks for {self.top_k} of {n_experts} experts; fetch the checkpoint again")
         self.gate = nn.Linear(size, n_experts, bias=False)
-        self.experts = nn.ModuleList(MLP(size, config.moe_intermediate_size) for _ in range(n_experts))
+        self.experts = nn.ModuleList(MLP(size, config.moe_intermediate_size or config.intermediate_size)
+                                     for _ in range(n_experts))
         self.shared_expert = None
         if "mlp.shared_expert_gate.weight" in shapes:
             self.shared_expert = MLP(size, config.shared_expert_intermediate_size or config.intermediate_size)
