@@ -25,7 +25,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 
-NUMBERS = {1: 3, 2: 4, 3: 5, 4: 7, 5: 8}  # how many numbers a problem of each arithmetic level adds and subtracts
+NUMBERS = {level: level + 2 for level in range(1, 6)}  # how many numbers a problem of each arithmetic level adds up
 LIMIT = 20  # every number is below
 SIZE = 2000  # problems in each arithmetic dataset
 VIEWED = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read through the hub's dataset viewer: repository, config

@@ -391,11 +391,12 @@ ROWS = {
 def test_rows_of_every_form(form, tmp_path):
     row, prompt, answer = ROWS[form]
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(row) + "\n\n" + json.dumps(row | {"id": "last"}))
+    other = {"id": "last", "problem" if "problem" in row else "question": "Another?"}
+    file.write_text(json.dumps(row) + "\n\n" + json.dumps(row | other))
     first, last = data.load(str(file))
     assert (first.prompt, first.answer, last.id) == (prompt, answer, "last")
     assert bool(first.choices) == (form == "arc")
-    assert data.load(str(file), shots=1)[1].prompt == f"{prompt} {answer}\n\n{prompt}"
+    assert data.load(str(file), shots=1)[1].prompt == f"{prompt} {answer}\n\n{last.prompt}"
 
 
 def test_exact_match_is_literal_but_for_outer_white_space():
