@@ -19,7 +19,7 @@ import random
 from dataclasses import dataclass
 
 STOP = -1  # an action, beside the layers 0, 1, 2, ...
-DEVIATION = 0.2  # the default policy's share of steps off the best chain, and how they divide:
+EDITS = 2.4  # how often a rollout of full depth leaves the best chain, on average, and to do what:
 SKIP, LOOP, EXIT = 0.7, 0.25, 0.05
 
 
@@ -90,7 +90,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
     rng = random.Random(seed)
     full = tuple(range(n_layers))
     result = Result({full: score([full])[0]}, n_layers, depth_penalty)
-    best, root = full, Node()
+    best, root, deviation = full, Node(), min(0.5, EDITS / n_layers)
 
     def policy(prefix, position):
         """The weight of each action after a prefix that has come to this position of the best chain."""
@@ -103,10 +103,10 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
             likely = min(max(best[position], window[0]), window[-1])
         ahead = [layer for layer in window if likely != STOP and layer > likely]
         back = [layer for layer in window if likely == STOP or layer < likely]
-        weights = {likely: 1 - DEVIATION}
+        weights = {likely: 1 - deviation}
         for share, actions in [(SKIP, ahead), (LOOP, back), (EXIT, [STOP])]:
             for action in actions:
-                weights.setdefault(action, DEVIATION * share / len(actions))
+                weights.setdefault(action, deviation * share / len(actions))
         return weights
 
     def follow(layer, position):

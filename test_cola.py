@@ -307,7 +307,7 @@ def planted(goal):
 
 @pytest.mark.parametrize("goal", [(0, 1, 2, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7), (2,), ()], ids=str)
 def test_search_finds_a_planted_optimum(goal):
-    assert mcts.search(planted(goal), n_layers=8, simulations=400).best == goal
+    assert mcts.search(planted(goal), n_layers=8, simulations=800).best == goal
 
 
 def test_search_fixes_a_wrong_sample_by_a_loop():

@@ -151,16 +151,16 @@ def main(args, rest):
     for name in args.model:
         own = cola.parser().parse_args(["--sample-id=0", f"--model={name}", "--no-chat", *rest])
         model, tokenizer = cola.load_checkpoint(own)
-        weight, simulations = model.lm_head.weight, args.simulations[name != "tiny"]
+        weight = model.lm_head.weight
         folder = cola.TINY if name == "tiny" else fetch(name, own.revision)
         reference = transformers and load_reference(folder, weight)
         for dataset, shots in [("arithmetic", 0)] if name == "tiny" else [(args.arc, 0), ("arithmetic-1", 2)]:
             label, problems = f"{Path(name).name}, {Path(dataset).stem}, {shots} shots", data.load(dataset, shots)
-            total, todo = Counter(), len(SAMPLES) * (simulations + (3 if reference else 2) * args.subset)
+            total, todo = Counter(), len(SAMPLES) * (args.simulations + (3 if reference else 2) * args.subset)
             with tqdm(total=todo, desc=label, unit="chain") as bar:
                 for i in SAMPLES:
                     sample = cola.Sample(model, tokenizer, problems[i], own.cache_mb)
-                    unlike += bench(sample, reference, own, simulations, args.subset, bar, total)
+                    unlike += bench(sample, reference, own, args.simulations, args.subset, bar, total)
             lines.append(row(label, total))
 
     print(f"torch {torch.__version__}, threads: {torch.get_num_threads()}, {weight.device}, {weight.dtype};",
@@ -176,7 +176,7 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", default=["tiny"], metavar="NAME", help="a checkpoint besides tiny")
     parser.add_argument("--arc", default="arc-easy", metavar="NAME", help="ARC for it, or a file (default: arc-easy)")
-    parser.add_argument("--simulations", type=int, nargs=2, default=[200, 64], metavar=("TINY", "OTHERS"),
-                        help="chains that (d) evaluates for a sample (default: 200 64)")
+    parser.add_argument("--simulations", type=int, default=200, metavar="N",
+                        help="chains that (d) evaluates for a sample (default: 200)")
     parser.add_argument("--subset", type=int, default=32, metavar="N", help="chains of (a), (b), (c) (default: 32)")
     cola.exit_on_error("bench", main, *parser.parse_known_args())
