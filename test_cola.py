@@ -281,7 +281,7 @@ def test_the_config_of_transformers_4_means_the_same(name, tmp_path):
     assert torch.equal(Llama.from_pretrained(tmp_path, "cpu", torch.float32)(tokens), logits)
 
 
-def test_weights_in_several_files_are_the_same(tmp_path):
+def test_several_files_of_transformers_hold_the_same_weights(tmp_path):
     transformers = pytest.importorskip("transformers")
     save_random(transformers, tmp_path / "one", "OLMoE")
     save_random(transformers, tmp_path / "many", "OLMoE", max_shard_size="100KB")
@@ -290,7 +290,7 @@ def test_weights_in_several_files_are_the_same(tmp_path):
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
 
 
-def test_a_sliding_window_limits_the_positions(tmp_path):
+def test_a_sliding_window_of_transformers_limits_the_positions(tmp_path):
     save_random(pytest.importorskip("transformers"), tmp_path, "Mistral")
     with pytest.raises(ValueError, match="80 positions"):
         Llama.from_pretrained(tmp_path, "cpu")(torch.zeros(1, 81, dtype=torch.long))
