@@ -163,7 +163,7 @@ class Sample:
     def answer(self, chain):
         """The text that greedy decoding writes under a chain, and whether it is the right answer."""
         limit = len(self.target) if self.stop is None else max(32, len(self.target) + 1)
-        text = self.tokenizer.decode(self.model.generate(self.prompt, chain, limit, self.stop or ()))
+        text = self.tokenizer.decode(self.model.generate(self.prompt, chain, limit, self.stop))
         return text.strip(), data.exact_match(text, self.problem.answer)
 
 

@@ -365,13 +365,13 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden(tokens, chain, cache))
 
     @torch.inference_mode()
-    def generate(self, tokens, chain=None, max_new_tokens=32, stop=()):
+    def generate(self, tokens, chain=None, max_new_tokens=32, stop=None):
         """Greedy decoding: a list of prompt ids to the list of new ids, without the `stop` token that ended it."""
         cache, new = KVCache(), []
         step = torch.tensor([tokens], device=self.lm_head.weight.device)
         while len(new) < max_new_tokens:
             token = self.lm_head(self.hidden(step, chain, cache)[0, -1]).argmax().item()
-            if token in stop:
+            if stop is not None and token in stop:
                 break
             new.append(token)
             if cache.length == self.config.max_position_embeddings:

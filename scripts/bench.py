@@ -71,7 +71,7 @@ def one_by_one(sample, reference):
         return right(new[:-1] if stop and new[-1] in stop else new)
 
     ways = {"a": transformers_generate} if reference else {}
-    return ways | {"b": lambda chain: right(model.generate(prompt, chain, limit, stop or ())),
+    return ways | {"b": lambda chain: right(model.generate(prompt, chain, limit, stop)),
                    "c": lambda chain: alone([chain])[0]}
 
 
