@@ -202,12 +202,12 @@ def search_chain(args, sample):
         result = mcts.search(score, sample.model.config.num_hidden_layers, args.simulations, args.seed,
                              args.depth_penalty, args.exploration, args.max_skip, args.max_loop, args.batch)
     seconds = time.perf_counter() - start
-    say("search", f"{len(result.evaluated)} chains evaluated, {len(result.right())} right, in {seconds:.2f} s, "
+    right = result.right()
+    say("search", f"{len(result.evaluated)} chains evaluated, {len(right)} right, in {seconds:.2f} s, "
                   f"{len(result.evaluated) / seconds:.1f} chains/s\n"
                   f"{sample.verify.steps_run} layer steps run for the {sample.verify.steps_asked} of all these chains")
-    confirmed = (chain for chain in result.right() if sample.answer(chain)[1])  # plain generation has the last word
-    best = next(confirmed, None)
-    discarded = result.right().index(best) if best is not None else len(result.right())
+    best = next((chain for chain in right if sample.answer(chain)[1]), None)  # plain generation has the last word
+    discarded = len(right) if best is None else right.index(best)
     if best is None:
         say("best", "none: no chain that answers right was found")
     else:

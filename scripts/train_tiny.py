@@ -127,7 +127,7 @@ def main():
     model = make_model(tokenizer.get_vocab_size(), args.seed)
     hidden = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or "embed" in name]
-    # Muon (Jordan et al. 2024): after 600 steps 62 % of the sums of 5 numbers were right, 34 % with AdamW alone.
+    # Muon (Jordan et al. 2024) for the matrices: in short trials it learned faster than AdamW alone.
     optimizers = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1),
                   torch.optim.AdamW(others, lr=0.003, betas=(0.9, 0.98), weight_decay=0)]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
