@@ -53,14 +53,15 @@ def parser():
                        help="default: bfloat16 on cuda, float32 on cpu")
     search = p.add_argument_group("search")
     search.add_argument("--chain", metavar="LAYERS", help="do not search, run this chain, such as 0-5,5,8-11")
+    search.add_argument("--search", choices=["uct", "random"], default="uct",
+                        help="random: a control, chains drawn from the default policy alone (default: uct)")
     search.add_argument("--simulations", type=int, default=200, metavar="N",
                         help="distinct chains to evaluate (default: %(default)s)")
     search.add_argument("--depth-penalty", type=float, default=0.2, metavar="X",
                         help="what the full depth costs; a right answer is worth 1 (default: %(default)s)")
     search.add_argument("--exploration", type=float, default=2.0, metavar="C",
                         help="constant of the upper confidence bound (default: %(default)s)")
-    search.add_argument("--max-skip", type=int, default=4, metavar="N",
-                        help="layers that one step may skip (default: %(default)s)")
+    search.add_argument("--max-skip", type=int, metavar="N", help="layers that one step may skip (default: any number)")
     search.add_argument("--max-loop", type=int, default=4, metavar="N",
                         help="layers that one step may go back (default: %(default)s)")
     search.add_argument("--batch", type=int, default=16, metavar="N",
@@ -97,6 +98,14 @@ def format_chain(chain):
     for run in runs(chain, lambda a, b: b == a + 1):
         parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
     return ",".join(parts)
+
+
+def parse_samples(text, count):
+    """"0:250" to a slice of sample ids, out of `count`."""
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end) <= count):
+        raise ValueError(f"samples {text!r} is not FIRST:END with FIRST < END; there are {count} samples, so 0:{count}")
+    return slice(int(first), int(end))
 
 
 def runs(chain, joined):
@@ -200,7 +209,8 @@ def search_chain(args, sample):
             bar.update(len(chains))
             return verdicts
         result = mcts.search(score, sample.model.config.num_hidden_layers, args.simulations, args.seed,
-                             args.depth_penalty, args.exploration, args.max_skip, args.max_loop, args.batch)
+                             args.depth_penalty, args.exploration, args.max_skip, args.max_loop, args.batch,
+                             learn=args.search == "uct")
     seconds = time.perf_counter() - start
     right = result.right()
     say("search", f"{len(result.evaluated)} chains evaluated, {len(right)} right, in {seconds:.2f} s, "

@@ -114,12 +114,12 @@ def exact_match(prediction, answer):
 
 # Arithmetic: generated, the same on every machine.
 
-def random_sum(rng, n_numbers):
-    """A question and its answer, as "What is 12 + 7 - 30?" and "-11", with numbers below 20."""
-    value = rng.randrange(LIMIT)
+def random_sum(rng, n_numbers, limit=LIMIT):
+    """A question and its answer, as "What is 12 + 7 - 13?" and "6", with numbers below the limit."""
+    value = rng.randrange(limit)
     question = f"What is {value}"
     for _ in range(n_numbers - 1):
-        sign, number = rng.choice("+-"), rng.randrange(LIMIT)
+        sign, number = rng.choice("+-"), rng.randrange(limit)
         question += f" {sign} {number}"
         value += number if sign == "+" else -number
     return f"{question}?", str(value)
@@ -130,11 +130,11 @@ def is_test(question):
     return hashlib.sha256(question.encode()).digest()[0] < 64
 
 
-def arithmetic(level, size, test=True):
+def arithmetic(level, size, test=True, limit=LIMIT):
     """The first `size` distinct test (or training) problems of a level."""
     rng, answers = random.Random(level), {}
     while len(answers) < size:
-        question, answer = random_sum(rng, NUMBERS[level])
+        question, answer = random_sum(rng, NUMBERS[level], limit)
         if is_test(question) == test:
             answers[question] = answer
     return [Problem(f"arithmetic-{level}/{i}", *row, level=level) for i, row in enumerate(answers.items())]

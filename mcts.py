@@ -7,20 +7,33 @@ less than that loops, more skips; stopping before the last layer is an early exi
   2. expands: adds the first node it comes to that is new,
   3. rolls out: completes the chain from there with the default policy,
   4. backs up: adds the chain's reward to every node on the way.
-The default policy mostly does what the best chain found so far does; at times it skips, loops or stops there, and then
-goes on with the best chain. The same weights are the prior of step 1, so the tree grows along promising chains instead
-of level by level. When a better chain is found the tree starts anew, for its priors followed the old one.
+That is UCT [1] with priors in the bound [2]. What we added, each measured in the README:
+  - The default policy does what the best chain found so far does. At times it leaves that chain, to skip, loop or stop,
+    and goes on with it from where it meets it again. Its probabilities are the priors of the tree.
+  - It likes a step (last layer, next layer) the more, the higher the mean score of the chains that took this step. All
+    prefixes share this statistic, as in move-average sampling [3].
+  - It leaves the best chain more often where walks mostly lead to chains that are known already.
+  - A chain so deep that even a full score would not make it the best is not evaluated (branch and bound).
+  - When a better chain is found, or one as good, the tree starts anew around it; the statistics stay.
+  - The tree guides a walk through nodes of MATURE visits: the mean of fewer rewards says little.
 
-References: UCT, Kocsis & Szepesvari 2006; priors in the bound (PUCT), Silver et al. 2016; CoLa, arXiv 2507.07996,
-section 3 (its search edits whole chains by blocks; ours builds them layer by layer).
+References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT, Silver et al. 2016. [3] MAST, Finnsson & Bjornsson 2008.
+CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours builds them layer by layer.
 """
 import math
 import random
+from bisect import bisect
+from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-STOP = -1  # an action, beside the layers 0, 1, 2, ...
-EDITS = 2.4  # how often a rollout of full depth leaves the best chain, on average, and to do what:
-SKIP, LOOP, EXIT = 0.7, 0.25, 0.05
+START, STOP = -1, -2  # what stands before the first layer; the action that ends a chain
+EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers steps; of these, the share that
+EXIT = 0.05  # stops,
+LOOP, EARLY_LOOP = 0.25, 0.65  # loops, once something is right and before; the rest skips
+ELSEWHERE = 0.3  # weight of a skip to a layer that is not in the best chain; to one that is: 1
+DOUBT = 2  # how many chains of mean score a step is credited with before any took it
+MATURE = 8
 
 
 @dataclass
@@ -36,8 +49,8 @@ class Result:
     depth_penalty: float
 
     def reward(self, chain):
-        """Score - depth_penalty * depth / n_layers."""
-        return self.evaluated[chain] - self.depth_penalty * len(chain) / self.n_layers
+        """Score - depth_penalty * depth / n_layers; for a chain not evaluated, as if its score were 0."""
+        return self.evaluated.get(chain, 0) - self.depth_penalty * len(chain) / self.n_layers
 
     def right(self):
         """The chains with score > 0, in order of reward, highest first; of equals the shorter, then the earlier."""
@@ -54,19 +67,148 @@ class Node:
     """A prefix of a chain, or, below the action STOP, a complete chain.
 
     Attributes:
-      prior: {action: weight}, empty until the node is visited a second time.
       children: {action: Node}; a node stands here once it was visited.
       visits, value: simulations that came through, and the sum of their rewards.
-      closed: every chain below was evaluated, so there is nothing left to visit.
+      closed: there is nothing left to evaluate below.
     """
-    __slots__ = ("prior", "children", "visits", "value", "closed")
+    __slots__ = ("children", "visits", "value", "closed")
 
     def __init__(self):
-        self.prior, self.children, self.visits, self.value, self.closed = {}, {}, 0, 0.0, False
+        self.children, self.visits, self.value, self.closed = {}, 0, 0.0, False
 
 
-def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=4, max_loop=4,
-           batch=16):
+class Search:
+    """The state of a search; arguments as in `search`.
+
+    Attributes:
+      best: the chain that the default policy follows: the best so far, until one is right the full-depth chain.
+      limit: the depth beyond which not even a full score would make a chain the best.
+      tried, scores: {(last layer, next layer): how many chains took this step, and the sum of their scores}.
+      policies: the default policy where it was needed since it last changed.
+    """
+
+    def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop):
+        self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
+        self.rng, self.result = random.Random(seed), Result({}, n_layers, depth_penalty)
+        self.best, self.limit, self.edits = tuple(range(n_layers)), 2 * n_layers, EDITS
+        self.root, self.mature, self.tried, self.scores, self.policies = Node(), MATURE, Counter(), Counter(), {}
+
+    def policy(self, last, position):
+        """The default policy after the layer `last`, come to a position of the best chain.
+
+        Returns the actions, the likeliest first, their cumulative probabilities, {action: probability}, and
+        {action: the position it leads to}.
+        """
+        if (last, position) not in self.policies:
+            window = range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
+            ahead, solved = self.best[position:], any(self.scores.values())
+            likely = min(max(ahead[0], window[0]), window[-1]) if ahead and window else STOP
+            here, loop = last + 1 if likely == STOP else likely, LOOP if solved else EARLY_LOOP
+            skips = {layer: (1 if layer in ahead else ELSEWHERE) / (layer - here)
+                     for layer in window if layer > here and likely != STOP}
+            loops = {layer: 1 / max(1, here - layer) for layer in window if layer < here or likely == STOP}
+            leave = min(0.5, self.edits / self.n_layers)
+            weights = {likely: 1 - leave}
+            for share, kind in [(1 - loop - EXIT, skips), (loop, loops), (EXIT, {STOP: 1})]:
+                for action, weight in kind.items():
+                    weights.setdefault(action, leave * share * weight / sum(kind.values()))
+            if solved:
+                mean = sum(self.result.evaluated.values()) / len(self.result.evaluated)
+                for action in weights:
+                    step = last, action
+                    weights[action] *= (self.scores[step] / mean + DOUBT) / (self.tried[step] + DOUBT)
+            total, actions = sum(weights.values()), sorted(weights, key=weights.get, reverse=True)
+            priors = {action: weights[action] / total for action in actions}
+            self.policies[last, position] = (actions, [*accumulate(priors.values())], priors,
+                                             {action: self.follow(action, position) for action in actions})
+        return self.policies[last, position]
+
+    def follow(self, layer, position):
+        """The position of the best chain after a layer was appended: behind its nearest use of that layer."""
+        uses = [i for i, used in enumerate(self.best) if used == layer]
+        if uses:
+            return min(uses, key=lambda i: abs(i - position)) + 1
+        return next((i for i in range(position, len(self.best)) if self.best[i] > layer), len(self.best))
+
+    def select(self, node, priors):
+        """The open action of highest upper confidence bound, or None."""
+        children, width = node.children, self.exploration * math.sqrt(node.visits)
+        best, highest = None, -math.inf
+        for action in priors:  # the likeliest first: of the untried no other can have a higher bound
+            if action not in children:
+                best, highest = action, node.value / node.visits + width * priors[action]
+                break
+        for action, child in children.items():
+            if not child.closed:
+                bound = child.value / child.visits + width * priors[action] / (1 + child.visits)
+                if bound > highest:
+                    best, highest = action, bound
+        return best
+
+    def simulate(self):
+        """One walk from the root: the nodes on its way, and the chain; None if that is too deep or nothing is open."""
+        node, path, chain, last, position = self.root, [self.root], [], START, 0
+        while len(chain) <= self.limit:
+            actions, cumulative, priors, positions = self.policies.get((last, position)) or self.policy(last, position)
+            if node and node.visits >= self.mature:  # selection, and expansion by the last node that it comes to
+                last = self.select(node, priors)
+                if last is None:
+                    break
+                node = node.children.setdefault(last, Node())
+                path.append(node)
+            else:  # rollout
+                node, last = None, actions[bisect(cumulative, self.rng.random() * cumulative[-1])]
+            if last == STOP:
+                break
+            chain.append(last)
+            position = positions[last]
+        if node:  # the walk ended inside the tree
+            node.closed = True
+        return path, tuple(chain) if last == STOP else None
+
+    def propose(self, count):
+        """Up to `count` chains to evaluate, as {chain: the walks that led to it}."""
+        pending = {}
+        for walks in range(1, 4 * count + 20):
+            path, chain = self.simulate()
+            for node in path:
+                node.visits += 1
+            if chain is None:
+                self.back_up(path, -self.result.depth_penalty * self.limit / self.n_layers)  # as if it were wrong
+            elif chain in self.result.evaluated:
+                self.back_up(path, self.result.reward(chain))
+            else:
+                pending.setdefault(chain, []).append(path)
+            if self.root.closed or len(pending) == count:
+                break
+        if walks > 2 * count + 16:
+            self.edits *= 2
+            self.policies.clear()
+        return pending
+
+    def back_up(self, path, reward):
+        for node in path:
+            node.value += reward
+
+    def learn(self, chains):
+        """Takes new chains into the statistics and, where one is good enough, as the best chain."""
+        for chain in chains:
+            for step in set(pairwise((START, *chain, STOP))):
+                self.tried[step] += 1
+                self.scores[step] += self.result.evaluated[chain]
+        self.policies.clear()
+        right = [chain for chain in chains if self.result.evaluated[chain] > 0]
+        reward, new = self.result.reward, max(right, key=self.result.reward, default=None)
+        # One as good is taken too: the search drifts along a plateau.
+        if right and (not self.result.evaluated[self.best] or reward(new) >= reward(self.best)):
+            self.best, self.root, self.edits = new, Node(), EDITS
+            if self.result.depth_penalty:
+                worth = (1 - reward(new)) / self.result.depth_penalty * self.n_layers
+                self.limit = min(2 * self.n_layers, int(worth + 1e-6))
+
+
+def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=None, max_loop=4,
+           batch=16, learn=True):
     """Searches a chain of high reward.
 
     Args:
@@ -76,98 +218,38 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       seed: the same seed, batch and scores give the same result.
       depth_penalty: what the full depth costs in the reward, where a right answer is worth 1.
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
-      max_skip, max_loop: the window of layers that may be appended (see above); chains hold up to 2 * n_layers steps.
+      max_skip, max_loop: the window of layers that may be appended (see above), max_skip None for all that are ahead;
+        chains hold up to 2 * n_layers steps.
       batch: how many chains to ask `score` for at a time; until then a walk counts as a visit without reward, so that
         the next ones go elsewhere (virtual loss).
+      learn: False draws every chain from the default policy around the full-depth chain, with no tree: a control.
     Returns a Result. It holds fewer than `simulations` chains only where there are no more.
     Raises ValueError for a number out of range.
     """
+    max_skip = n_layers if max_skip is None else max_skip
     for name, value, least in [("n_layers", n_layers, 1), ("simulations", simulations, 1), ("batch", batch, 1),
                                ("max_skip", max_skip, 0), ("max_loop", max_loop, 0),
                                ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0)]:
         if not value >= least:
             raise ValueError(f"{name} must be {least} or more, not {value}")
-    rng = random.Random(seed)
-    full = tuple(range(n_layers))
-    result = Result({full: score([full])[0]}, n_layers, depth_penalty)
-    best, root, deviation = full, Node(), min(0.5, EDITS / n_layers)
-
-    def policy(prefix, position):
-        """The weight of each action after a prefix that has come to this position of the best chain."""
-        if len(prefix) == 2 * n_layers:
-            return {STOP: 1.0}
-        last = prefix[-1] if prefix else -1
-        window = range(max(0, last + 1 - max_loop), min(n_layers, last + 2 + max_skip))
-        likely = STOP
-        if window and position < len(best):
-            likely = min(max(best[position], window[0]), window[-1])
-        ahead = [layer for layer in window if likely != STOP and layer > likely]
-        back = [layer for layer in window if likely == STOP or layer < likely]
-        weights = {likely: 1 - deviation}
-        for share, actions in [(SKIP, ahead), (LOOP, back), (EXIT, [STOP])]:
-            for action in actions:
-                weights.setdefault(action, deviation * share / len(actions))
-        return weights
-
-    def follow(layer, position):
-        """The position of the best chain after a layer was appended: behind its nearest use of that layer."""
-        uses = [i for i, used in enumerate(best) if used == layer]
-        if uses:
-            return min(uses, key=lambda i: abs(i - position)) + 1
-        return next((i for i in range(position, len(best)) if best[i] > layer), len(best))
-
-    def bound(node, action):
-        child = node.children.get(action)
-        mean = child.value / child.visits if child else node.value / node.visits
-        return mean + exploration * node.prior[action] * math.sqrt(node.visits) / (1 + (child.visits if child else 0))
-
-    def simulate():
-        """One walk from the root: the nodes on its way, and the complete chain."""
-        node, path, prefix, position = root, [root], [], 0
-        while True:
-            if node is not None and node.visits:  # selection, and expansion by the last node that it comes to
-                node.prior = node.prior or policy(prefix, position)
-                still_open = [a for a in node.prior if a not in node.children or not node.children[a].closed]
-                action = max(still_open, key=lambda a: bound(node, a))
-                node = node.children.setdefault(action, Node())
-                path.append(node)
-            else:  # rollout
-                node, weights = None, policy(prefix, position)
-                action = rng.choices(list(weights), weights.values())[0]
-            if action == STOP:
-                return path, tuple(prefix)
-            prefix.append(action)
-            position = follow(action, position)
-
-    def back_up(path, chain):
-        for node in path:
-            node.value += result.reward(chain)
-
-    while len(result.evaluated) < simulations and not root.closed:
-        pending, room = {}, min(batch, simulations - len(result.evaluated))  # {chain: the walks that led to it}
-        for _ in range(4 * batch):  # several walks may lead to one chain
-            path, chain = simulate()
-            for node in path:
-                node.visits += 1
-            if len(path) == len(chain) + 2:  # the walk ended inside the tree: root, each layer, STOP
-                path[-1].closed = True
-                for node in reversed(path[:-1]):
-                    node.closed = all(a in node.children and node.children[a].closed for a in node.prior)
-            if chain in result.evaluated:
-                back_up(path, chain)
-            else:
-                pending.setdefault(chain, []).append(path)
-            if root.closed or len(pending) == room:
-                break
-        if not pending:
-            continue
-        result.evaluated.update(zip(pending, score([*pending]), strict=True))
-        for chain, paths in pending.items():
-            for path in paths:
-                back_up(path, chain)
-        right = [chain for chain in pending if result.evaluated[chain] > 0]
-        if right:
-            newest = max(right, key=result.reward)  # of equals the newest, so that the search drifts along a plateau
-            if not result.evaluated[best] > 0 or result.reward(newest) >= result.reward(best):
-                best, root = newest, Node()  # the default policy changes, and the priors with it
-    return result
+    tree = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop)
+    evaluated = tree.result.evaluated
+    evaluated[tree.best] = score([tree.best])[0]
+    if learn:
+        tree.learn([tree.best])
+    else:
+        tree.mature = math.inf
+    while len(evaluated) < simulations:
+        pending = tree.propose(min(batch, simulations - len(evaluated)))
+        if pending:
+            evaluated.update(zip(pending, score([*pending]), strict=True))
+            for chain, paths in pending.items():
+                for path in paths:
+                    tree.back_up(path, tree.result.reward(chain))
+            if learn:
+                tree.learn(pending)
+        elif not learn or tree.root.closed and tree.limit == 2 * n_layers:
+            break
+        elif tree.root.closed:  # nothing better is left: the rest of the budget goes to deeper chains
+            tree.limit, tree.root = 2 * n_layers, Node()
+    return tree.result

@@ -1,4 +1,5 @@
 """Tests. `pytest` runs them all; those that compare with transformers are skipped where it is not installed."""
+import argparse
 import copy
 import itertools
 import json
@@ -22,6 +23,7 @@ import cola
 import data
 import mcts
 from model import Config, KVCache, Llama, Verifier
+from scripts import compare_search
 from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(2)
@@ -346,6 +348,51 @@ def test_search_exhausts_a_small_space_and_ends(max_skip, max_loop):
     space = {chain for n in lengths for chain in itertools.product(range(n_layers), repeat=n) if allowed(chain)}
     result = mcts.search(lambda chains: [True] * len(chains), n_layers, 10**6, max_skip=max_skip, max_loop=max_loop)
     assert set(result.evaluated) == space
+
+
+def test_search_evaluates_no_chain_too_deep_to_become_the_best():
+    depths, planted_score = [], planted((0, 4, 9))
+
+    def score(chains):
+        assert all(len(chain) <= min(depths, default=24) for chain in chains)
+        right = planted_score(chains)
+        depths.extend(len(chain) for chain, ok in zip(chains, right) if ok)
+        return right
+    mcts.search(score, n_layers=12, simulations=150, batch=4)
+    assert min(depths) < 6
+
+
+def test_a_share_as_score_outweighs_depth_by_the_penalty():
+    """One layer more is worth it if it raises the score by more than depth_penalty / n_layers."""
+    def score(chains):
+        return [0.5 + 0.1 * (0 in chain) + 0.01 * (1 in chain) for chain in chains]
+    assert mcts.search(score, n_layers=6, simulations=300, depth_penalty=0.3).best == (0,)
+    assert set(mcts.search(score, n_layers=6, simulations=300, depth_penalty=0.03).best) == {0, 1}
+
+
+def test_the_control_learns_nothing():
+    runs = [mcts.search(lambda chains: [answer] * len(chains), 8, 100, learn=False) for answer in (False, True)]
+    assert list(runs[0].evaluated) == list(runs[1].evaluated) and len(runs[0].evaluated) == 100
+    learned = mcts.search(lambda chains: [True] * len(chains), 8, 100)
+    assert list(learned.evaluated) != list(runs[1].evaluated)
+    assert len(mcts.search(lambda chains: [True] * len(chains), 1, 100, learn=False).evaluated) == 3
+
+
+def test_a_walk_adds_one_node_at_most(monkeypatch):
+    simulate, root_of = mcts.Search.simulate, {}
+
+    def size(node):
+        return 1 + sum(map(size, node.children.values()))
+
+    def watched(self):
+        before, root = size(self.root), self.root
+        walk = simulate(self)
+        assert root is self.root and before <= size(root) <= before + 1
+        root_of[id(root)] = size(root)
+        return walk
+    monkeypatch.setattr(mcts.Search, "simulate", watched)
+    mcts.search(planted((1, 5)), n_layers=8, simulations=100)
+    assert max(root_of.values()) > 10
 
 
 def test_best_has_the_highest_reward_among_right_chains():
@@ -681,6 +728,32 @@ def test_best_chains_that_generation_does_not_confirm_are_discarded(capsys, monk
     code, out, err = run_main(capsys, "--sample-id", 0)
     assert (code, err) == (None, "") and re.search("^best +'.*', right", out, re.MULTILINE)
     assert "better chains whose answer plain generation did not confirm" in out
+
+
+def test_command_has_a_random_control(capsys):
+    code, out, err = run_main(capsys, "--sample-id", 12, "--search", "random", "--simulations", 40)
+    assert (code, err) == (None, "") and "40 chains evaluated" in out
+    assert run_main(capsys, "--sample-id", 12, "--simulations", 40)[1] != out
+
+
+@pytest.mark.parametrize("table", ["searches", "ablation", "special"])
+def test_searches_are_compared_in_one_command(table, capsys):
+    """Every row stands in the table once a budget; the first row is the reference of the paired difference."""
+    arguments = argparse.Namespace(table=table, samples="0:5", simulations=[10, 20], only=None)
+    before = {name: value for name, value in vars(mcts).items() if name.isupper()}
+    compare_search.main(arguments, [])
+    assert before == {name: value for name, value in vars(mcts).items() if name.isupper()}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
+    labels = list(dict.fromkeys(row[0] for row in rows))
+    assert [row[:2] for row in rows] == [[label, str(n)] for n in (10, 20) for label in labels]
+    assert rows[0][3] == "0.00 ± 0.00" and all("%" in row[5] for row in rows)
+    assert labels[0] in ("mcts.search", "the default window: any skip, loops of up to 4") and len(labels) >= 5
+
+
+def test_the_wilson_interval_is_that_of_the_textbooks():
+    low, high = compare_search.wilson(8, 10)
+    assert abs(low - 0.4902) < 1e-3 and abs(high - 0.9433) < 1e-3
+    assert compare_search.wilson(0, 0) == (0, 1)
 
 
 def bad_rows(tmp_path, text):

@@ -1,6 +1,7 @@
 """Trains the embedded checkpoint tiny/ from scratch, on the CPU: about three quarters of an hour.
 
     python -m scripts.train_tiny
+    python -m scripts.train_tiny --layers 8 --limit 10 --steps 2000 --seed 1 --out runs/eight
 
 A 12-layer decoder learns the sums that data.py generates, of 2 to 5 numbers: levels 1 to 3 have 3 to 5. Levels 4 and 5
 are longer than anything it sees here, and test problems are never trained on, at any level. Every step's batch follows
@@ -22,15 +23,15 @@ import data
 from model import Config, Llama
 
 LENGTHS = (2, 3, 4, 5)  # how many numbers; levels 1 to 3 lie inside, levels 4 and 5 beyond
-CYCLES = (5000, 7000)  # steps at which the learning rate has come down to zero; the second cycle starts lower
+CYCLES = (5 / 7, 1)  # shares of the steps at which the learning rate has come down to zero
 END = "<|endoftext|>"
 
 
-def sums(rng, n_numbers, count):
-    """`count` (prompt, answer) pairs that are not test problems."""
+def sums(rng, n_numbers, count, limit):
+    """`count` (prompt, answer) pairs that are not test problems, of numbers below the limit."""
     pairs = []
     while len(pairs) < count:
-        question, answer = data.random_sum(rng, n_numbers)
+        question, answer = data.random_sum(rng, n_numbers, limit)
         if not data.is_test(question):
             pairs.append((data.Problem("", question, answer).prompt, f" {answer}"))
     return pairs
@@ -43,22 +44,22 @@ def make_tokenizer():
         pre_tokenizers.Split(Regex(r"\n?\w+:|[0-9]"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    text = [prompt + answer for prompt, answer in sums(random.Random(0), LENGTHS[-1], 300)]
+    text = [prompt + answer for prompt, answer in sums(random.Random(0), LENGTHS[-1], 300, data.LIMIT)]
     tokenizer.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=512, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=[END],
         show_progress=False))
     return tokenizer
 
 
-def make_model(vocab_size, seed):
+def make_model(vocab_size, n_layers, seed):
     torch.manual_seed(seed)
-    model = Llama(Config(vocab_size=vocab_size, hidden_size=64, intermediate_size=176, num_hidden_layers=12,
+    model = Llama(Config(vocab_size=vocab_size, hidden_size=64, intermediate_size=176, num_hidden_layers=n_layers,
                          num_attention_heads=2, rms_norm_eps=1e-6, max_position_embeddings=512,
                          tie_word_embeddings=True))
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 if "embed" in name else (24 if into_residual else 1) ** -0.5 * weight.shape[1] ** -0.5
+            std = 0.02 if "embed" in name else (2 * n_layers if into_residual else 1) ** -0.5 * weight.shape[1] ** -0.5
             torch.nn.init.normal_(weight, std=std)
     return model
 
@@ -103,14 +104,14 @@ def save_checkpoint(folder, model, tokenizer):
                  format="pt")
 
 
-def print_accuracy(folder):
-    """The table of tiny/README.md: 500 test problems of each level."""
+def print_accuracy(folder, levels):
+    """The table of tiny/README.md."""
     model, tokenizer = Llama.from_pretrained(folder, "cpu"), data.Tokenizer(folder)
     print("| level | numbers | right |\n|---|---|---|")
-    for level, n_numbers in data.NUMBERS.items():
-        samples = [cola.Sample(model, tokenizer, problem) for problem in data.load(f"arithmetic-{level}")[:500]]
+    for (level, n_numbers), problems in zip(data.NUMBERS.items(), levels):
+        samples = [cola.Sample(model, tokenizer, problem) for problem in problems]
         right = sum(sample.verify([range(len(model.layers))])[0] for sample in samples)
-        print(f"| {level} | {n_numbers} | {right / 5:.1f} % |")
+        print(f"| {level} | {n_numbers} | {100 * right / len(samples):.1f} % |")
 
 
 def main():
@@ -119,12 +120,15 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("tiny"), help="folder of the checkpoint (default: tiny)")
     parser.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"),
                         help="where to go on from (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--limit", type=int, default=data.LIMIT, help="numbers are below it (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=7000, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=256, help="problems a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args()
 
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer.get_vocab_size(), args.seed)
+    model = make_model(tokenizer.get_vocab_size(), args.layers, args.seed)
     hidden = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or "embed" in name]
     # Muon (Jordan et al. 2024) for the matrices: in short trials it learned faster than AdamW alone.
@@ -148,27 +152,31 @@ def main():
             optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
     args.state.parent.mkdir(parents=True, exist_ok=True)
-    for step in (bar := trange(start, CYCLES[-1], initial=start, total=CYCLES[-1], mininterval=1)):
+    for step in (bar := trange(start, args.steps, initial=start, total=args.steps, mininterval=1)):
         rng = random.Random(f"{args.seed}/{step}")
-        tokens, targets = make_batch(tokenizer, sums(rng, rng.choice(LENGTHS), args.batch))
+        tokens, targets = make_batch(tokenizer, sums(rng, rng.choice(LENGTHS), args.batch, args.limit))
         rows, positions = (targets >= 0).nonzero(as_tuple=True)
         logits = model.lm_head(model.hidden(tokens)[rows, positions])
         loss = F.cross_entropy(logits, targets[rows, positions])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        end = next(end for end in CYCLES if step < end)
+        end = next(share * args.steps for share in CYCLES if step < share * args.steps)
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 200, 1 - step / end)
             optimizer.step()
             optimizer.zero_grad()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % 200 == 0 or step + 1 == CYCLES[-1]:
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
             partial = args.state.with_suffix(".part")
             save_tensors(state(model, optimizers), partial, step=str(step + 1))
             partial.replace(args.state)
     save_checkpoint(args.out, model, tokenizer)
-    print_accuracy(args.out)
+    levels = [data.arithmetic(level, 500, limit=args.limit) for level in data.NUMBERS]
+    if args.limit != data.LIMIT:  # then it needs problems of its own
+        rows = [{"question": p.question, "answer": p.answer, "level": p.level} for p in data.by_turns(levels)]
+        (args.out / "arithmetic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print_accuracy(args.out, levels)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""Compares searches on the same samples, with the same budget of distinct chains and the same verifier.
+
+    python -m scripts.compare_search
+    python -m scripts.compare_search --table ablation
+    python -m scripts.compare_search --model path/to/checkpoint --dataset arithmetic-1 --shots 2 --samples 0:30
+
+Tables: `searches` sets mcts.search beside the four of search_baselines.py and its own random control; `ablation` takes
+one idea after the other out of it; `special` narrows the window of actions to earlier methods. *Depth* is that of the
+shortest right chain, its mean over the samples that the full model gets right; *fixed* is the share of the samples it
+gets wrong for which a right chain was found. Intervals are of 95 % over samples: normal for a mean, Wilson for a share;
+*against the first* is the mean difference in depth, paired by sample. A smaller budget is the start of the same run.
+Arguments not listed here go to cola.py, such as --device.
+"""
+import argparse
+import math
+import time
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import cola  # before torch, as it silences a warning
+from tqdm import tqdm
+
+import data
+import mcts
+from scripts import search_baselines
+
+Z = 1.96  # standard deviations of a normal distribution that hold 95 %
+
+
+def keeping(*names):
+    """Search.learn, after which these attributes are as before."""
+    learn = mcts.Search.learn
+
+    def learn_and_keep(self, chains):
+        kept = {name: getattr(self, name) for name in names}
+        learn(self, chains)
+        self.__dict__.update(kept)
+    return patch.object(mcts.Search, "learn", learn_and_keep)
+
+
+def tables(own):
+    """{label: (search, what to patch while it runs)}; a search is a function (score, n_layers, budget, seed)."""
+    def uct(**options):
+        options = {"depth_penalty": own.depth_penalty, "exploration": own.exploration, "max_skip": own.max_skip,
+                   "max_loop": own.max_loop, "batch": own.batch} | options
+        return lambda score, n, budget, seed: mcts.search(score, n, budget, seed, **options).evaluated
+    ours, constants = uct(), lambda **values: patch.multiple(mcts, **values)
+    return {
+        "searches": {
+            "mcts.search": (ours, None),
+            "the same, batch 1": (uct(batch=1), None),
+            "its control, `--search random`": (uct(learn=False), None),
+            **{name: (getattr(search_baselines, name), None)
+               for name in ("hill_climb", "edit_mcts", "random_chains", "leaf_mcts")}},
+        "ablation": {
+            "mcts.search": (ours, None),
+            "no tree, rollouts alone": (ours, constants(MATURE=10 ** 4)),
+            "nodes expand at the first visit": (ours, constants(MATURE=1)),
+            "the tree is kept when the best chain changes": (ours, keeping("root")),
+            "no statistics of steps": (ours, constants(DOUBT=10 ** 9)),
+            "no bound on depth": (ours, keeping("limit")),
+            "policy follows the full-depth chain": (ours, keeping("best", "limit")),
+            "skips of at most 4 layers": (uct(max_skip=4), None),
+            "all layers ahead weigh alike": (ours, constants(ELSEWHERE=1)),
+            "no more loops while nothing is right": (ours, constants(EARLY_LOOP=mcts.LOOP)),
+            "exploration 0.5": (uct(exploration=0.5), None),
+            "exploration 8": (uct(exploration=8), None)},
+        "special": {
+            "the default window: any skip, loops of up to 4": (ours, None),
+            "`--max-loop 0`: skip only (layer pruning)": (uct(max_loop=0), None),
+            "`--max-skip 0`: loop only (looped blocks)": (uct(max_skip=0), None),
+            "both 0: stop only (early exit)": (uct(max_skip=0, max_loop=0), None),
+            "`--max-loop` of the model's depth: any order": (uct(max_loop=10 ** 6), None)},
+    }[own.table]
+
+
+def wilson(hits, total):
+    """The 95 % interval of a share."""
+    if not total:
+        return 0, 1
+    middle, width = hits + Z * Z / 2, Z * math.sqrt(hits * (total - hits) / total + Z * Z / 4)
+    return (middle - width) / (total + Z * Z), (middle + width) / (total + Z * Z)
+
+
+def mean(values):
+    """A mean with its 95 % interval, as text."""
+    if len(values) < 2:
+        return "-"
+    m = sum(values) / len(values)
+    return f"{m:.2f} ± {Z * math.sqrt(sum((x - m) ** 2 for x in values) / (len(values) - 1) / len(values)):.2f}"
+
+
+def share(flags):
+    """A share with its 95 % interval, as text."""
+    low, high = wilson(sum(flags), len(flags))
+    return f"{sum(flags) / len(flags):.1%} ({low:.0%}-{high:.0%})" if flags else "-"
+
+
+def shortest(evaluated, budget):
+    """Depth of the shortest right chain among the first `budget` chains; None if there is none."""
+    return min((len(chain) for chain, score in list(evaluated.items())[:budget] if score), default=None)
+
+
+def main(args, rest):
+    if min(args.simulations) < 1:
+        raise ValueError(f"simulations must be 1 or more, not {min(args.simulations)}")
+    own = cola.parser().parse_args(["--sample-id=0", *rest], namespace=argparse.Namespace(table=args.table))
+    model, tokenizer = cola.load_checkpoint(own)
+    problems = data.load(own.dataset, own.shots, own.split)
+    problems, full = problems[cola.parse_samples(args.samples, len(problems))], tuple(range(len(model.layers)))
+    searches = {label: row for label, row in tables(own).items() if not args.only or label in args.only}
+    if not searches:
+        raise ValueError(f"no such row; the table {args.table!r} has {', '.join(tables(own))}")
+    budget = max(args.simulations)
+    runs, speed = {}, {}
+    with tqdm(total=len(searches) * len(problems), unit="sample") as bar:
+        for label, (search, change) in searches.items():
+            bar.set_description(label)
+            runs[label], start = [], time.perf_counter()
+            with change or nullcontext():
+                for i, problem in enumerate(problems):
+                    verify = cola.Sample(model, tokenizer, problem, own.cache_mb).verify
+                    runs[label].append(search(verify, len(full), budget, i))
+                    bar.update()
+            speed[label] = sum(map(len, runs[label])) / (time.perf_counter() - start)
+
+    right = [run[full] for run in runs[next(iter(runs))]]
+    print(f"{own.model}, {own.dataset}, {own.shots} shots, samples {args.samples}: the full model of {len(full)} "
+          f"layers gets {sum(right)} right and {len(right) - sum(right)} wrong\n")
+    print("| search | chains | depth, right samples | against the first | shorter | fixed, wrong samples | chains/s |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for chains in args.simulations:
+        reference = None
+        for label in runs:
+            depths = [shortest(run, chains) for run in runs[label]]
+            of_right = [depth for depth, ok in zip(depths, right) if ok]
+            reference = reference or of_right
+            of_wrong = [depth is not None for depth, ok in zip(depths, right) if not ok]
+            cells = [label, str(chains), mean(of_right), mean([a - b for a, b in zip(of_right, reference)]),
+                     share([depth < len(full) for depth in of_right]), share(of_wrong), f"{speed[label]:.0f}"]
+            print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m scripts.compare_search", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=["searches", "ablation", "special"], default="searches",
+                        help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows of the table to make, by their names in it")
+    parser.add_argument("--samples", default="0:250", metavar="FIRST:END", help="default: %(default)s")
+    parser.add_argument("--simulations", type=int, nargs="+", default=[50, 200], metavar="N",
+                        help="distinct chains a sample, one or several budgets (default: 50 200)")
+    cola.exit_on_error("compare_search", main, *parser.parse_known_args())
