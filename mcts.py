@@ -4,13 +4,13 @@ A node of the tree is a prefix of a chain. After a prefix whose last layer is l,
 l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. Appending l + 1 goes on to the next layer,
 less than that loops, more skips; stopping before the last layer is an early exit. One simulation
   1. selects: walks down the tree by upper confidence bounds,
-  2. expands: adds the first node it comes to that is new,
+  2. expands: adds the first node it comes to that is new, below one of MATURE visits,
   3. rolls out: completes the chain from there with the default policy,
   4. backs up: adds the chain's reward to every node on the way.
 That is UCT [1] with priors in the bound [2]. What we added, each measured in the README:
   - The default policy does what the best chain found so far does. At times it leaves that chain, to skip, loop or stop,
     and goes on with it from where it meets it again. Its probabilities are the priors of the tree.
-  - It likes a step (last layer, next layer) the more, the higher the mean score of the chains that took this step. All
+  - It likes a step (last layer, action) the more, the higher the mean score of the chains that took this step. All
     prefixes share this statistic, as in move-average sampling [3].
   - It leaves the best chain more often where walks mostly lead to chains that are known already.
   - A chain so deep that even a full score would not make it the best is not evaluated (branch and bound).
@@ -28,12 +28,12 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 START, STOP = -1, -2  # what stands before the first layer; the action that ends a chain
-EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers steps; of these, the share that
-EXIT = 0.05  # stops,
-LOOP, EARLY_LOOP = 0.25, 0.65  # loops, once something is right and before; the rest skips
+EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers steps with every action open; of these,
+EXIT = 0.05  # the share that stops,
+LOOP, EARLY_LOOP = 0.25, 0.65  # that loops, once something is right and before; the rest skips
 ELSEWHERE = 0.3  # weight of a skip to a layer that is not in the best chain; to one that is: 1
 DOUBT = 2  # how many chains of mean score a step is credited with before any took it
-MATURE = 8
+MATURE = 8  # visits from which a node chooses among its children; until then walks go on from it as rollouts
 
 
 @dataclass
@@ -83,7 +83,8 @@ class Search:
     Attributes:
       best: the chain that the default policy follows: the best so far, until one is right the full-depth chain.
       limit: the depth beyond which not even a full score would make a chain the best.
-      tried, scores: {(last layer, next layer): how many chains took this step, and the sum of their scores}.
+      edits: as EDITS, doubled each time that most walks led to known chains.
+      tried, scores: {(last layer, action): how many chains took this step, and the sum of their scores}.
       policies: the default policy where it was needed since it last changed.
     """
 
@@ -124,7 +125,7 @@ class Search:
         return self.policies[last, position]
 
     def follow(self, layer, position):
-        """The position of the best chain after a layer was appended: behind its nearest use of that layer."""
+        """The position of the best chain after a layer: behind its nearest use, or before the first deeper layer."""
         uses = [i for i, used in enumerate(self.best) if used == layer]
         if uses:
             return min(uses, key=lambda i: abs(i - position)) + 1
@@ -181,7 +182,7 @@ class Search:
                 pending.setdefault(chain, []).append(path)
             if self.root.closed or len(pending) == count:
                 break
-        if walks > 2 * count + 16:
+        if walks > 2 * count + 16:  # most led to known chains
             self.edits *= 2
             self.policies.clear()
         return pending
@@ -203,8 +204,8 @@ class Search:
         if right and (not self.result.evaluated[self.best] or reward(new) >= reward(self.best)):
             self.best, self.root, self.edits = new, Node(), EDITS
             if self.result.depth_penalty:
-                worth = (1 - reward(new)) / self.result.depth_penalty * self.n_layers
-                self.limit = min(2 * self.n_layers, int(worth + 1e-6))
+                spare = (1 - self.result.evaluated[new]) * self.n_layers / self.result.depth_penalty
+                self.limit = int(min(2 * self.n_layers, len(new) + spare + 1e-6))
 
 
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=None, max_loop=4,
@@ -221,16 +222,18 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       max_skip, max_loop: the window of layers that may be appended (see above), max_skip None for all that are ahead;
         chains hold up to 2 * n_layers steps.
       batch: how many chains to ask `score` for at a time; until then a walk counts as a visit without reward, so that
-        the next ones go elsewhere (virtual loss).
-      learn: False draws every chain from the default policy around the full-depth chain, with no tree: a control.
-    Returns a Result. It holds fewer than `simulations` chains only where there are no more.
+        the next ones go elsewhere (in place of a virtual loss).
+      learn: False draws every chain from the default policy around the full-depth chain, with no tree and with nothing
+        learned from scores: a control.
+    Returns a Result. It holds fewer than `simulations` chains only where there are no more; the control also gives up
+    where its walks lead to known chains alone.
     Raises ValueError for a number out of range.
     """
     max_skip = n_layers if max_skip is None else max_skip
     for name, value, least in [("n_layers", n_layers, 1), ("simulations", simulations, 1), ("batch", batch, 1),
                                ("max_skip", max_skip, 0), ("max_loop", max_loop, 0),
                                ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0)]:
-        if not value >= least:
+        if not least <= value < math.inf:
             raise ValueError(f"{name} must be {least} or more, not {value}")
     tree = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop)
     evaluated = tree.result.evaluated
@@ -248,8 +251,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                     tree.back_up(path, tree.result.reward(chain))
             if learn:
                 tree.learn(pending)
-        elif not learn or tree.root.closed and tree.limit == 2 * n_layers:
-            break
-        elif tree.root.closed:  # nothing better is left: the rest of the budget goes to deeper chains
+        elif tree.root.closed and tree.limit < 2 * n_layers:  # nothing better is left: on to deeper chains
             tree.limit, tree.root = 2 * n_layers, Node()
+        elif tree.root.closed or not learn:
+            break
     return tree.result

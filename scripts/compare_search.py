@@ -1,4 +1,4 @@
-"""Compares searches on the same samples, with the same budget of distinct chains and the same verifier.
+"""Compares searches on the same samples, with the same budget of distinct chains at most and the same verifier.
 
     python -m scripts.compare_search
     python -m scripts.compare_search --table ablation
@@ -8,7 +8,8 @@ Tables: `searches` sets mcts.search beside the four of search_baselines.py and i
 one idea after the other out of it; `special` narrows the window of actions to earlier methods. *Depth* is that of the
 shortest right chain, its mean over the samples that the full model gets right; *fixed* is the share of the samples it
 gets wrong for which a right chain was found. Intervals are of 95 % over samples: normal for a mean, Wilson for a share;
-*against the first* is the mean difference in depth, paired by sample. A smaller budget is the start of the same run.
+*against the first* is the mean difference in depth, paired by sample. Smaller budgets are read off the same runs, and
+*chains/s* is that of the largest. A sample's seed is its place among --samples.
 Arguments not listed here go to cola.py, such as --device.
 """
 import argparse
@@ -59,18 +60,18 @@ def tables(own):
             "the tree is kept when the best chain changes": (ours, keeping("root")),
             "no statistics of steps": (ours, constants(DOUBT=10 ** 9)),
             "no bound on depth": (ours, keeping("limit")),
-            "policy follows the full-depth chain": (ours, keeping("best", "limit")),
+            "policy follows the full-depth chain (so no tree, no bound)": (ours, keeping("best", "limit")),
             "skips of at most 4 layers": (uct(max_skip=4), None),
             "all layers ahead weigh alike": (ours, constants(ELSEWHERE=1)),
             "no more loops while nothing is right": (ours, constants(EARLY_LOOP=mcts.LOOP)),
             "exploration 0.5": (uct(exploration=0.5), None),
             "exploration 8": (uct(exploration=8), None)},
         "special": {
-            "the default window: any skip, loops of up to 4": (ours, None),
-            "`--max-loop 0`: skip only (layer pruning)": (uct(max_loop=0), None),
-            "`--max-skip 0`: loop only (looped blocks)": (uct(max_skip=0), None),
+            "the default window: any skip, loops of up to 4": (uct(max_skip=None, max_loop=4), None),
+            "`--max-loop 0`: skip only (layer pruning)": (uct(max_skip=None, max_loop=0), None),
+            "`--max-skip 0`: loop only (looped blocks)": (uct(max_skip=0, max_loop=4), None),
             "both 0: stop only (early exit)": (uct(max_skip=0, max_loop=0), None),
-            "`--max-loop` of the model's depth: any order": (uct(max_loop=10 ** 6), None)},
+            "`--max-loop` of the model's depth: any order": (uct(max_skip=None, max_loop=10 ** 6), None)},
     }[own.table]
 
 
@@ -109,8 +110,8 @@ def main(args, rest):
     problems = data.load(own.dataset, own.shots, own.split)
     problems, full = problems[cola.parse_samples(args.samples, len(problems))], tuple(range(len(model.layers)))
     searches = {label: row for label, row in tables(own).items() if not args.only or label in args.only}
-    if not searches:
-        raise ValueError(f"no such row; the table {args.table!r} has {', '.join(tables(own))}")
+    if len(searches) < len(args.only or searches):
+        raise ValueError(f"--only names a row that is not there; {args.table!r} has {', '.join(tables(own))}")
     budget = max(args.simulations)
     runs, speed = {}, {}
     with tqdm(total=len(searches) * len(problems), unit="sample") as bar:

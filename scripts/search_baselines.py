@@ -1,7 +1,8 @@
-"""Four searches to measure `mcts.search` against, over the same space of chains and with the same budget.
+"""Four searches to measure `mcts.search` against, on chains of the same length at most and with the same budget.
 
 Each takes (score, n_layers, budget, seed) and returns {chain: correct} for every distinct chain that it evaluated, the
-full-depth chain first. The budget counts distinct chains: a chain seen before costs nothing.
+full-depth chain first. None evaluates more distinct chains than the budget. The two tree searches count a chain seen
+before as a simulation, as the paper does, and so evaluate fewer; hill_climb gives up after 20 proposals a chain.
 
   edit_mcts      the protocol of the CoLa paper (arXiv 2507.07996): the root is the full-depth chain, an action skips a
                  block of 1-4 layers or repeats one, UCB with c = 1.8, a length penalty of 3.0 * depth / n_layers inside
@@ -104,6 +105,3 @@ def random_chains(score, n_layers, budget=200, seed=0):
             evaluate(tuple(chain))
 
     return _spend(propose, score, n_layers, budget, seed)
-
-
-BASELINES = {"edit_mcts": edit_mcts, "leaf_mcts": leaf_mcts, "hill_climb": hill_climb, "random_chains": random_chains}

@@ -1,7 +1,7 @@
 """Trains the embedded checkpoint tiny/ from scratch, on the CPU: about three quarters of an hour.
 
     python -m scripts.train_tiny
-    python -m scripts.train_tiny --layers 8 --limit 10 --steps 2000 --seed 1 --out runs/eight
+    python -m scripts.train_tiny --layers 8 --limit 10 --steps 2000 --out runs/eight --state runs/8.safetensors
 
 A 12-layer decoder learns the sums that data.py generates, of 2 to 5 numbers: levels 1 to 3 have 3 to 5. Levels 4 and 5
 are longer than anything it sees here, and test problems are never trained on, at any level. Every step's batch follows
@@ -126,6 +126,9 @@ def main():
     parser.add_argument("--batch", type=int, default=256, help="problems a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args()
+    if args.limit < 10:
+        parser.error("--limit must be 10 or more, or there are too few problems to test on")
+    run = str((args.layers, args.limit, args.steps, args.batch, args.seed))
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer.get_vocab_size(), args.layers, args.seed)
@@ -139,6 +142,8 @@ def main():
     start = 0
     if args.state.exists():
         with safe_open(args.state, "pt") as saved:
+            if saved.metadata().get("run") != run:
+                parser.error(f"{args.state} is the state of a run with other settings; give another --state")
             start = int(saved.metadata()["step"])
             tensors = {name: saved.get_tensor(name) for name in saved.keys()}
         model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name[0] == "m"},
@@ -169,7 +174,7 @@ def main():
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
             partial = args.state.with_suffix(".part")
-            save_tensors(state(model, optimizers), partial, step=str(step + 1))
+            save_tensors(state(model, optimizers), partial, step=str(step + 1), run=run)
             partial.replace(args.state)
     save_checkpoint(args.out, model, tokenizer)
     levels = [data.arithmetic(level, 500, limit=args.limit) for level in data.NUMBERS]
