@@ -100,14 +100,6 @@ def format_chain(chain):
     return ",".join(parts)
 
 
-def parse_samples(text, count):
-    """"0:250" to a slice of sample ids, out of `count`."""
-    first, colon, end = text.partition(":")
-    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end) <= count):
-        raise ValueError(f"samples {text!r} is not FIRST:END with FIRST < END; there are {count} samples, so 0:{count}")
-    return slice(int(first), int(end))
-
-
 def runs(chain, joined):
     """Cuts a chain into runs of neighbours that are `joined`."""
     out = []

@@ -32,6 +32,7 @@ EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers s
 EXIT = 0.05  # the share that stops,
 LOOP, EARLY_LOOP = 0.25, 0.65  # that loops, once something is right and before; the rest skips
 ELSEWHERE = 0.3  # weight of a skip to a layer that is not in the best chain; to one that is: 1
+WIDEN = 2  # factor on EDITS each time that most walks led to known chains
 DOUBT = 2  # how many chains of mean score a step is credited with before any took it
 MATURE = 8  # visits from which a node chooses among its children; until then walks go on from it as rollouts
 
@@ -49,8 +50,8 @@ class Result:
     depth_penalty: float
 
     def reward(self, chain):
-        """Score - depth_penalty * depth / n_layers; for a chain not evaluated, as if its score were 0."""
-        return self.evaluated.get(chain, 0) - self.depth_penalty * len(chain) / self.n_layers
+        """Score - depth_penalty * depth / n_layers."""
+        return self.evaluated[chain] - self.depth_penalty * len(chain) / self.n_layers
 
     def right(self):
         """The chains with score > 0, in order of reward, highest first; of equals the shorter, then the earlier."""
@@ -83,7 +84,7 @@ class Search:
     Attributes:
       best: the chain that the default policy follows: the best so far, until one is right the full-depth chain.
       limit: the depth beyond which not even a full score would make a chain the best.
-      edits: as EDITS, doubled each time that most walks led to known chains.
+      edits: EDITS, times WIDEN now and then.
       tried, scores: {(last layer, action): how many chains took this step, and the sum of their scores}.
       policies: the default policy where it was needed since it last changed.
     """
@@ -100,28 +101,27 @@ class Search:
         Returns the actions, the likeliest first, their cumulative probabilities, {action: probability}, and
         {action: the position it leads to}.
         """
-        if (last, position) not in self.policies:
-            window = range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
-            ahead, solved = self.best[position:], any(self.scores.values())
-            likely = min(max(ahead[0], window[0]), window[-1]) if ahead and window else STOP
-            here, loop = last + 1 if likely == STOP else likely, LOOP if solved else EARLY_LOOP
-            skips = {layer: (1 if layer in ahead else ELSEWHERE) / (layer - here)
-                     for layer in window if layer > here and likely != STOP}
-            loops = {layer: 1 / max(1, here - layer) for layer in window if layer < here or likely == STOP}
-            leave = min(0.5, self.edits / self.n_layers)
-            weights = {likely: 1 - leave}
-            for share, kind in [(1 - loop - EXIT, skips), (loop, loops), (EXIT, {STOP: 1})]:
-                for action, weight in kind.items():
-                    weights.setdefault(action, leave * share * weight / sum(kind.values()))
-            if solved:
-                mean = sum(self.result.evaluated.values()) / len(self.result.evaluated)
-                for action in weights:
-                    step = last, action
-                    weights[action] *= (self.scores[step] / mean + DOUBT) / (self.tried[step] + DOUBT)
-            total, actions = sum(weights.values()), sorted(weights, key=weights.get, reverse=True)
-            priors = {action: weights[action] / total for action in actions}
-            self.policies[last, position] = (actions, [*accumulate(priors.values())], priors,
-                                             {action: self.follow(action, position) for action in actions})
+        window = range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
+        ahead, solved = self.best[position:], any(self.scores.values())
+        likely = min(max(ahead[0], window[0]), window[-1]) if ahead and window else STOP
+        here, loop = last + 1 if likely == STOP else likely, LOOP if solved else EARLY_LOOP
+        skips = {layer: (1 if layer in ahead else ELSEWHERE) / (layer - here)
+                 for layer in window if layer > here and likely != STOP}
+        loops = {layer: 1 / max(1, here - layer) for layer in window if layer < here or likely == STOP}
+        leave = min(0.5, self.edits / self.n_layers)
+        weights = {likely: 1 - leave}
+        for share, kind in [(1 - loop - EXIT, skips), (loop, loops), (EXIT, {STOP: 1})]:
+            for action, weight in kind.items():
+                weights.setdefault(action, leave * share * weight / sum(kind.values()))
+        if solved:
+            mean = sum(self.result.evaluated.values()) / len(self.result.evaluated)
+            for action in weights:
+                step = last, action
+                weights[action] *= (self.scores[step] / mean + DOUBT) / (self.tried[step] + DOUBT)
+        total, actions = sum(weights.values()), sorted(weights, key=weights.get, reverse=True)
+        priors = {action: weights[action] / total for action in actions}
+        self.policies[last, position] = (actions, [*accumulate(priors.values())], priors,
+                                         {action: self.follow(action, position) for action in actions})
         return self.policies[last, position]
 
     def follow(self, layer, position):
@@ -183,7 +183,7 @@ class Search:
             if self.root.closed or len(pending) == count:
                 break
         if walks > 2 * count + 16:  # most led to known chains
-            self.edits *= 2
+            self.edits *= WIDEN
             self.policies.clear()
         return pending
 

@@ -59,6 +59,7 @@ def tables(own):
             "nodes expand at the first visit": (ours, constants(MATURE=1)),
             "the tree is kept when the best chain changes": (ours, keeping("root")),
             "no statistics of steps": (ours, constants(DOUBT=10 ** 9)),
+            "no wider rollouts where chains are known": (ours, constants(WIDEN=1)),
             "no bound on depth": (ours, keeping("limit")),
             "policy follows the full-depth chain (so no tree, no bound)": (ours, keeping("best", "limit")),
             "skips of at most 4 layers": (uct(max_skip=4), None),
@@ -102,13 +103,21 @@ def shortest(evaluated, budget):
     return min((len(chain) for chain, score in list(evaluated.items())[:budget] if score), default=None)
 
 
+def parse_samples(text, count):
+    """"0:250" to a slice of sample ids, out of `count`."""
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end) <= count):
+        raise ValueError(f"samples {text!r} is not FIRST:END with FIRST < END; there are {count} samples, so 0:{count}")
+    return slice(int(first), int(end))
+
+
 def main(args, rest):
     if min(args.simulations) < 1:
         raise ValueError(f"simulations must be 1 or more, not {min(args.simulations)}")
     own = cola.parser().parse_args(["--sample-id=0", *rest], namespace=argparse.Namespace(table=args.table))
     model, tokenizer = cola.load_checkpoint(own)
     problems = data.load(own.dataset, own.shots, own.split)
-    problems, full = problems[cola.parse_samples(args.samples, len(problems))], tuple(range(len(model.layers)))
+    problems, full = problems[parse_samples(args.samples, len(problems))], tuple(range(len(model.layers)))
     searches = {label: row for label, row in tables(own).items() if not args.only or label in args.only}
     if len(searches) < len(args.only or searches):
         raise ValueError(f"--only names a row that is not there; {args.table!r} has {', '.join(tables(own))}")
