@@ -38,12 +38,21 @@ def parser():
     p = Parser(prog="cola.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sample = p.add_argument_group("sample")
     sample.add_argument("--sample-id", type=int, required=True, metavar="N", help="position in the dataset, from 0")
-    sample.add_argument("--dataset", default="arithmetic", metavar="NAME",
-                        help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
-    sample.add_argument("--shots", type=int, default=0, metavar="N",
-                        help="worked examples before the question (default: 0)")
-    sample.add_argument("--split", metavar="NAME", help="train, validation or test, for arc and gsm8k (default: test)")
-    sample.add_argument("--no-chat", action="store_true", help="give a chat model the plain prompt of a base model")
+    sample.add_argument("--chain", metavar="LAYERS", help="do not search, run this chain, such as 0-5,5,8-11")
+    add_arguments(p)
+    return p
+
+
+def add_arguments(p):
+    """The arguments that the scripts share with cola.py."""
+    problems = p.add_argument_group("problems")
+    problems.add_argument("--dataset", default="arithmetic", metavar="NAME",
+                          help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
+    problems.add_argument("--shots", type=int, default=0, metavar="N",
+                          help="worked examples before the question (default: 0)")
+    problems.add_argument("--split", metavar="NAME",
+                          help="train, validation or test, for arc and gsm8k (default: test)")
+    problems.add_argument("--no-chat", action="store_true", help="give a chat model the plain prompt of a base model")
     model = p.add_argument_group("model")
     model.add_argument("--model", default="tiny", metavar="NAME",
                        help="a checkpoint's folder, or its org/name on the hub (default: the embedded tiny)")
@@ -52,7 +61,6 @@ def parser():
     model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                        help="default: bfloat16 on cuda, float32 on cpu")
     search = p.add_argument_group("search")
-    search.add_argument("--chain", metavar="LAYERS", help="do not search, run this chain, such as 0-5,5,8-11")
     search.add_argument("--search", choices=["uct", "random"], default="uct",
                         help="random: a control, chains drawn from the default policy alone (default: uct)")
     search.add_argument("--simulations", type=int, default=200, metavar="N",
@@ -69,7 +77,6 @@ def parser():
     search.add_argument("--cache-mb", type=int, default=1024, metavar="N",
                         help="megabytes of hidden states to keep (default: %(default)s)")
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default: 0)")
-    return p
 
 
 def load_checkpoint(args):
@@ -167,6 +174,10 @@ class Sample:
         text = self.tokenizer.decode(self.model.generate(self.prompt, chain, limit, self.stop))
         return text.strip(), data.exact_match(text, self.problem.answer)
 
+    def confirmed(self, chains):
+        """The first of the chains that plain generation finds right too, for it has the last word; or None."""
+        return next((chain for chain in chains if self.answer(chain)[1]), None)
+
 
 def load_sample(args):
     """The Sample that the arguments ask for. Raises ValueError or OSError with one line that says what to do."""
@@ -192,6 +203,12 @@ def say_answer(label, sample, chain, drawing=False):
         say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
 
 
+def search(args, score, n_layers, seed):
+    """`mcts.search` with the settings that the arguments give."""
+    return mcts.search(score, n_layers, args.simulations, seed, args.depth_penalty, args.exploration, args.max_skip,
+                       args.max_loop, args.batch, learn=args.search == "uct")
+
+
 def search_chain(args, sample):
     """Searches the sample's chain, with a progress bar, and prints what was found."""
     start = time.perf_counter()
@@ -200,15 +217,13 @@ def search_chain(args, sample):
             verdicts = sample.verify(chains)
             bar.update(len(chains))
             return verdicts
-        result = mcts.search(score, sample.model.config.num_hidden_layers, args.simulations, args.seed,
-                             args.depth_penalty, args.exploration, args.max_skip, args.max_loop, args.batch,
-                             learn=args.search == "uct")
+        result = search(args, score, sample.model.config.num_hidden_layers, args.seed)
     seconds = time.perf_counter() - start
     right = result.right()
     say("search", f"{len(result.evaluated)} chains evaluated, {len(right)} right, in {seconds:.2f} s, "
                   f"{len(result.evaluated) / seconds:.1f} chains/s\n"
                   f"{sample.verify.steps_run} layer steps run for the {sample.verify.steps_asked} of all these chains")
-    best = next((chain for chain in right if sample.answer(chain)[1]), None)  # plain generation has the last word
+    best = sample.confirmed(right)
     discarded = len(right) if best is None else right.index(best)
     if best is None:
         say("best", "none: no chain that answers right was found")

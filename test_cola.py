@@ -1,5 +1,4 @@
 """Tests. `pytest` runs them all; those that compare with transformers are skipped where it is not installed."""
-import argparse
 import copy
 import itertools
 import json
@@ -23,7 +22,7 @@ import cola
 import data
 import mcts
 from model import Config, KVCache, Llama, Verifier
-from scripts import compare_search
+from scripts import common, compare_search
 from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(2)
@@ -739,21 +738,20 @@ def test_command_has_a_random_control(capsys):
 @pytest.mark.parametrize("table", ["searches", "ablation", "special"])
 def test_searches_are_compared_in_one_command(table, capsys):
     """Every row stands in the table once a budget; the first row is the reference of the paired difference."""
-    arguments = argparse.Namespace(table=table, samples="0:5", simulations=[10, 20], only=None)
+    args = compare_search.parser().parse_args(["--table", table, "--samples=0:5", "--simulations", "10", "20"])
     before = {name: value for name, value in vars(mcts).items() if name.isupper()}
-    compare_search.main(arguments, [])
+    compare_search.main(args)
     assert before == {name: value for name, value in vars(mcts).items() if name.isupper()}
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
-    own = cola.parser().parse_args(["--sample-id=0"], namespace=argparse.Namespace(table=table))
-    labels = [*compare_search.tables(own)]
+    labels = [*compare_search.tables(args)]
     assert [row[:2] for row in rows] == [[label, str(n)] for n in (10, 20) for label in labels]
     assert rows[0][3] == "0.00 ± 0.00" and all("%" in row[5] for row in rows)
 
 
 def test_the_wilson_interval_is_that_of_the_textbooks():
-    low, high = compare_search.wilson(8, 10)
+    low, high = common.wilson(8, 10)
     assert abs(low - 0.4902) < 1e-3 and abs(high - 0.9433) < 1e-3
-    assert compare_search.wilson(0, 0) == (0, 1)
+    assert common.wilson(0, 0) == (0, 1)
 
 
 def bad_rows(tmp_path, text):

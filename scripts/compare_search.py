@@ -9,11 +9,8 @@ one idea after the other out of it; `special` narrows the window of actions to e
 shortest right chain, its mean over the samples that the full model gets right; *fixed* is the share of the samples it
 gets wrong for which a right chain was found. Intervals are of 95 % over samples: normal for a mean, Wilson for a share;
 *against the first* is the mean difference in depth, paired by sample. Smaller budgets are read off the same runs, and
-*chains/s* is that of the largest. A sample's seed is its place among --samples.
-Arguments not listed here go to cola.py, such as --device.
+*chains/s* is that of the largest. A sample's seed is its place among --samples plus --seed.
 """
-import argparse
-import math
 import time
 from contextlib import nullcontext
 from unittest.mock import patch
@@ -23,9 +20,8 @@ from tqdm import tqdm
 
 import data
 import mcts
-from scripts import search_baselines
-
-Z = 1.96  # standard deviations of a normal distribution that hold 95 %
+from scripts import common, search_baselines
+from scripts.common import mean, share
 
 
 def keeping(*names):
@@ -39,11 +35,11 @@ def keeping(*names):
     return patch.object(mcts.Search, "learn", learn_and_keep)
 
 
-def tables(own):
+def tables(args):
     """{label: (search, what to patch while it runs)}; a search is a function (score, n_layers, budget, seed)."""
     def uct(**options):
-        options = {"depth_penalty": own.depth_penalty, "exploration": own.exploration, "max_skip": own.max_skip,
-                   "max_loop": own.max_loop, "batch": own.batch} | options
+        options = {"depth_penalty": args.depth_penalty, "exploration": args.exploration, "max_skip": args.max_skip,
+                   "max_loop": args.max_loop, "batch": args.batch} | options
         return lambda score, n, budget, seed: mcts.search(score, n, budget, seed, **options).evaluated
     ours, constants = uct(), lambda **values: patch.multiple(mcts, **values)
     return {
@@ -73,29 +69,19 @@ def tables(own):
             "`--max-skip 0`: loop only (looped blocks)": (uct(max_skip=0, max_loop=4), None),
             "both 0: stop only (early exit)": (uct(max_skip=0, max_loop=0), None),
             "`--max-loop` of the model's depth: any order": (uct(max_skip=None, max_loop=10 ** 6), None)},
-    }[own.table]
+    }[args.table]
 
 
-def wilson(hits, total):
-    """The 95 % interval of a share."""
-    if not total:
-        return 0, 1
-    middle, width = hits + Z * Z / 2, Z * math.sqrt(hits * (total - hits) / total + Z * Z / 4)
-    return (middle - width) / (total + Z * Z), (middle + width) / (total + Z * Z)
-
-
-def mean(values):
-    """A mean with its 95 % interval, as text."""
-    if len(values) < 2:
-        return "-"
-    m = sum(values) / len(values)
-    return f"{m:.2f} ± {Z * math.sqrt(sum((x - m) ** 2 for x in values) / (len(values) - 1) / len(values)):.2f}"
-
-
-def share(flags):
-    """A share with its 95 % interval, as text."""
-    low, high = wilson(sum(flags), len(flags))
-    return f"{sum(flags) / len(flags):.1%} ({low:.0%}-{high:.0%})" if flags else "-"
+def parser():
+    p = common.parser("compare_search", __doc__)
+    table = p.add_argument_group("table")
+    table.add_argument("--table", choices=["searches", "ablation", "special"], default="searches",
+                       help="default: %(default)s")
+    table.add_argument("--only", nargs="+", metavar="ROW", help="rows of the table to make, by their names in it")
+    table.add_argument("--samples", default="0:250", metavar="FIRST:END", help="default: %(default)s")
+    table.add_argument("--simulations", type=int, nargs="+", default=[50, 200], metavar="N",
+                       help="distinct chains a sample, one or several budgets (default: 50 200)")
+    return p
 
 
 def shortest(evaluated, budget):
@@ -103,24 +89,16 @@ def shortest(evaluated, budget):
     return min((len(chain) for chain, score in list(evaluated.items())[:budget] if score), default=None)
 
 
-def parse_samples(text, count):
-    """"0:250" to a slice of sample ids, out of `count`."""
-    first, colon, end = text.partition(":")
-    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end) <= count):
-        raise ValueError(f"samples {text!r} is not FIRST:END with FIRST < END; there are {count} samples, so 0:{count}")
-    return slice(int(first), int(end))
-
-
-def main(args, rest):
+def main(args):
     if min(args.simulations) < 1:
         raise ValueError(f"simulations must be 1 or more, not {min(args.simulations)}")
-    own = cola.parser().parse_args(["--sample-id=0", *rest], namespace=argparse.Namespace(table=args.table))
-    model, tokenizer = cola.load_checkpoint(own)
-    problems = data.load(own.dataset, own.shots, own.split)
-    problems, full = problems[parse_samples(args.samples, len(problems))], tuple(range(len(model.layers)))
-    searches = {label: row for label, row in tables(own).items() if not args.only or label in args.only}
+    model, tokenizer = cola.load_checkpoint(args)
+    problems = data.load(args.dataset, args.shots, args.split)
+    samples = common.parse_samples(args.samples, len(problems))
+    problems, full = problems[samples.start:samples.stop], tuple(range(len(model.layers)))
+    searches = {label: row for label, row in tables(args).items() if not args.only or label in args.only}
     if len(searches) < len(args.only or searches):
-        raise ValueError(f"--only names a row that is not there; {args.table!r} has {', '.join(tables(own))}")
+        raise ValueError(f"--only names a row that is not there; {args.table!r} has {', '.join(tables(args))}")
     budget = max(args.simulations)
     runs, speed = {}, {}
     with tqdm(total=len(searches) * len(problems), unit="sample") as bar:
@@ -129,13 +107,13 @@ def main(args, rest):
             runs[label], start = [], time.perf_counter()
             with change or nullcontext():
                 for i, problem in enumerate(problems):
-                    verify = cola.Sample(model, tokenizer, problem, own.cache_mb).verify
-                    runs[label].append(search(verify, len(full), budget, i))
+                    verify = cola.Sample(model, tokenizer, problem, args.cache_mb).verify
+                    runs[label].append(search(verify, len(full), budget, args.seed + i))
                     bar.update()
             speed[label] = sum(map(len, runs[label])) / (time.perf_counter() - start)
 
     right = [run[full] for run in runs[next(iter(runs))]]
-    print(f"{own.model}, {own.dataset}, {own.shots} shots, samples {args.samples}: the full model of {len(full)} "
+    print(f"{args.model}, {args.dataset}, {args.shots} shots, samples {args.samples}: the full model of {len(full)} "
           f"layers gets {sum(right)} right and {len(right) - sum(right)} wrong\n")
     print("| search | chains | depth, right samples | against the first | shorter | fixed, wrong samples | chains/s |")
     print("|---|---:|---:|---:|---:|---:|---:|")
@@ -152,12 +130,4 @@ def main(args, rest):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m scripts.compare_search", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=["searches", "ablation", "special"], default="searches",
-                        help="default: %(default)s")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows of the table to make, by their names in it")
-    parser.add_argument("--samples", default="0:250", metavar="FIRST:END", help="default: %(default)s")
-    parser.add_argument("--simulations", type=int, nargs="+", default=[50, 200], metavar="N",
-                        help="distinct chains a sample, one or several budgets (default: 50 200)")
-    cola.exit_on_error("compare_search", main, *parser.parse_known_args())
+    cola.exit_on_error("compare_search", main, parser().parse_args())
