@@ -3,38 +3,34 @@
 A node of the tree is a prefix of a chain. After a prefix whose last layer is l, the actions are to append a layer from
 l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. Appending l + 1 goes on to the next layer,
 less than that loops, more skips; stopping before the last layer is an early exit. One simulation
-  1. selects: walks down the tree by upper confidence bounds,
-  2. expands: adds the first node it comes to that is new, below one of MATURE visits,
+  1. selects: walks down the tree by upper confidence bounds, as far as nodes have MATURE visits,
+  2. expands: adds the node that it comes to there,
   3. rolls out: completes the chain from there with the default policy,
   4. backs up: adds the chain's reward to every node on the way.
 That is UCT [1] with priors in the bound [2]. What we added, each measured in the README:
-  - The default policy does what the best chain found so far does. At times it leaves that chain, to skip, loop or stop,
-    and goes on with it from where it meets it again. Its probabilities are the priors of the tree.
-  - It likes a step (last layer, action) the more, the higher the mean score of the chains that took this step. All
-    prefixes share this statistic, as in move-average sampling [3].
-  - It leaves the best chain more often where walks mostly lead to chains that are known already.
+  - The default policy follows the best chain found so far. Now and then it leaves it, to skip, loop or stop, and goes on
+    with it from where it meets it again. Its probabilities are the priors of the tree.
+  - A rollout that comes to a known chain is drawn again: a chain's score does not change. Where that seldom helps, the
+    default policy leaves the best chain more often.
   - A chain so deep that even a full score would not make it the best is not evaluated (branch and bound).
-  - When a better chain is found, or one as good, the tree starts anew around it; the statistics stay.
-  - The tree guides a walk through nodes of MATURE visits: the mean of fewer rewards says little.
+  - When a better chain is found, or one as good, the tree starts anew around it.
 
-References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT, Silver et al. 2016. [3] MAST, Finnsson & Bjornsson 2008.
+References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT, Silver et al. 2016.
 CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours builds them layer by layer.
 """
 import math
 import random
 from bisect import bisect
-from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
-START, STOP = -1, -2  # what stands before the first layer; the action that ends a chain
-EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers steps with every action open; of these,
+EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers steps; of these,
 EXIT = 0.05  # the share that stops,
 LOOP, EARLY_LOOP = 0.25, 0.65  # that loops, once something is right and before; the rest skips
-ELSEWHERE = 0.3  # weight of a skip to a layer that is not in the best chain; to one that is: 1
-WIDEN = 2  # factor on EDITS each time that most walks led to known chains
-DOUBT = 2  # how many chains of mean score a step is credited with before any took it
-MATURE = 8  # visits from which a node chooses among its children; until then walks go on from it as rollouts
+ELSEWHERE = 0.3  # weight of a skip to a layer that is not in the rest of the best chain; to one that is: 1
+TRIES = 10  # rollouts from a node, until one gives a chain that is not known
+WIDEN = 2  # factor on EDITS each time that these tries mostly fail
+MATURE = 8  # visits from which a node chooses among its children: the mean of fewer rewards says little
 
 
 @dataclass
@@ -65,7 +61,7 @@ class Result:
 
 
 class Node:
-    """A prefix of a chain, or, below the action STOP, a complete chain.
+    """A prefix of a chain, or, below the action stop, a complete chain.
 
     Attributes:
       children: {action: Node}; a node stands here once it was visited.
@@ -79,57 +75,58 @@ class Node:
 
 
 class Search:
-    """The state of a search; arguments as in `search`.
+    """The state of a search; arguments as in `search`. An action is a layer to append, or n_layers to stop.
 
     Attributes:
       best: the chain that the default policy follows: the best so far, until one is right the full-depth chain.
       limit: the depth beyond which not even a full score would make a chain the best.
-      edits: EDITS, times WIDEN now and then.
-      tried, scores: {(last layer, action): how many chains took this step, and the sum of their scores}.
-      policies: the default policy where it was needed since it last changed.
+      loop, leave: LOOP or EARLY_LOOP; probability of leaving the best chain at a step.
+      known: the chains that were evaluated or are about to be.
+      policies: what `policy` returned, until `best`, `loop` or `leave` changes.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
         self.rng, self.result = random.Random(seed), Result({}, n_layers, depth_penalty)
-        self.best, self.limit, self.edits = tuple(range(n_layers)), 2 * n_layers, EDITS
-        self.root, self.mature, self.tried, self.scores, self.policies = Node(), MATURE, Counter(), Counter(), {}
+        self.best, self.limit, self.mature = tuple(range(n_layers)), 2 * n_layers, MATURE
+        self.root, self.loop, self.known = Node(), EARLY_LOOP, {self.best}
+        self.leave_with(EDITS / n_layers)
+
+    def leave_with(self, probability):
+        self.leave, self.policies = min(0.5, probability), {}
+        self.log_stay = math.log(1 - self.leave)
 
     def policy(self, last, position):
-        """The default policy after the layer `last`, come to a position of the best chain.
+        """The default policy after the layer `last` (-1 before the first), come to a position of the best chain.
 
-        Returns the actions, the likeliest first, their cumulative probabilities, {action: probability}, and
-        {action: the position it leads to}.
+        Returns {action: probability}, the likeliest first; {action: the position it leads to}; and, for when the best
+        chain is left, a list of (action, position) and their cumulative probabilities.
         """
-        window = range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
-        ahead, solved = self.best[position:], any(self.scores.values())
-        likely = min(max(ahead[0], window[0]), window[-1]) if ahead and window else STOP
-        here, loop = last + 1 if likely == STOP else likely, LOOP if solved else EARLY_LOOP
-        skips = {layer: (1 if layer in ahead else ELSEWHERE) / (layer - here)
-                 for layer in window if layer > here and likely != STOP}
-        loops = {layer: 1 / max(1, here - layer) for layer in window if layer < here or likely == STOP}
-        leave = min(0.5, self.edits / self.n_layers)
-        weights = {likely: 1 - leave}
-        for share, kind in [(1 - loop - EXIT, skips), (loop, loops), (EXIT, {STOP: 1})]:
-            for action, weight in kind.items():
-                weights.setdefault(action, leave * share * weight / sum(kind.values()))
-        if solved:
-            mean = sum(self.result.evaluated.values()) / len(self.result.evaluated)
-            for action in weights:
-                step = last, action
-                weights[action] *= (self.scores[step] / mean + DOUBT) / (self.tried[step] + DOUBT)
-        total, actions = sum(weights.values()), sorted(weights, key=weights.get, reverse=True)
-        priors = {action: weights[action] / total for action in actions}
-        self.policies[last, position] = (actions, [*accumulate(priors.values())], priors,
-                                         {action: self.follow(action, position) for action in actions})
+        stop, ahead = self.n_layers, self.best[position:]
+        follow = ahead[0] if ahead else stop
+        window = range(max(0, last + 1 - self.max_loop), min(stop, last + 2 + self.max_skip))
+        loops = {layer: 1 / (follow - layer) for layer in window if layer < follow}
+        skips = {layer: (1 if layer in ahead else ELSEWHERE) / (layer - follow) for layer in window if layer > follow}
+        exits = {stop: 1} if follow < stop else {}
+        away = {}
+        for share, kind in (self.loop, loops), (1 - self.loop - EXIT, skips), (EXIT, exits):
+            away |= {action: share * weight / sum(kind.values()) for action, weight in kind.items()}
+        away[follow] = max(0, 1 - sum(away.values()))  # the share of kinds that are not open here
+        priors = {action: self.leave * probability for action, probability in away.items()}
+        priors[follow] += 1 - self.leave
+        priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
+        positions = {action: self.rejoin(action, position) for action in priors}
+        moves = [(action, positions[action]) for action in away]
+        self.policies[last, position] = priors, positions, moves, [*accumulate(away.values())]
         return self.policies[last, position]
 
-    def follow(self, layer, position):
-        """The position of the best chain after a layer: behind its nearest use, or before the first deeper layer."""
-        uses = [i for i, used in enumerate(self.best) if used == layer]
-        if uses:
-            return min(uses, key=lambda i: abs(i - position)) + 1
-        return next((i for i in range(position, len(self.best)) if self.best[i] > layer), len(self.best))
+    def rejoin(self, layer, position):
+        """Where the best chain goes on after a layer: behind its nearest use, or where the chain steps over it."""
+        best = self.best
+        ends = ([i + 1 for i, used in enumerate(best) if used == layer]
+                or [i for i, used in enumerate(best) if used > layer and (i == 0 or best[i - 1] < layer)]
+                or [len(best)])
+        return min(ends, key=lambda end: abs(end - 1 - position))
 
     def select(self, node, priors):
         """The open action of highest upper confidence bound, or None."""
@@ -147,44 +144,61 @@ class Search:
         return best
 
     def simulate(self):
-        """One walk from the root: the nodes on its way, and the chain; None if that is too deep or nothing is open."""
-        node, path, chain, last, position = self.root, [self.root], [], START, 0
-        while len(chain) <= self.limit:
-            actions, cumulative, priors, positions = self.policies.get((last, position)) or self.policy(last, position)
-            if node and node.visits >= self.mature:  # selection, and expansion by the last node that it comes to
-                last = self.select(node, priors)
-                if last is None:
-                    break
-                node = node.children.setdefault(last, Node())
-                path.append(node)
-            else:  # rollout
-                node, last = None, actions[bisect(cumulative, self.rng.random() * cumulative[-1])]
-            if last == STOP:
-                break
+        """One walk: the nodes on its way, and a chain that is not known; None where it found none."""
+        node, path, chain, last, position = self.root, [self.root], [], -1, 0
+        while node.visits >= self.mature:
+            priors, positions, _, _ = self.policies.get((last, position)) or self.policy(last, position)
+            last = self.select(node, priors)
+            if last is None or len(chain) > self.limit:
+                node.closed = True
+                return path, None
+            node = node.children.setdefault(last, Node())
+            path.append(node)
+            if last == self.n_layers:
+                node.closed = True
+                return path, tuple(chain) if tuple(chain) not in self.known else None
             chain.append(last)
             position = positions[last]
-        if node:  # the walk ended inside the tree
-            node.closed = True
-        return path, tuple(chain) if last == STOP else None
+        for _ in range(TRIES):
+            new = self.rollout(chain, last, position)
+            if len(new) <= self.limit and new not in self.known:
+                return path, new
+        return path, None
+
+    def rollout(self, chain, last, position):
+        """The chain completed with the default policy, or cut off where it is too deep."""
+        chain, best, draw = [*chain], self.best, self.rng.random
+        while len(chain) <= self.limit:
+            stay = int(math.log(1 - draw()) / self.log_stay)  # steps until the best chain is left
+            if stay:
+                chain += best[position:position + stay]
+                position += stay
+                if position > len(best):
+                    break
+                last = chain[-1]
+            _, _, moves, cumulative = self.policies.get((last, position)) or self.policy(last, position)
+            last, position = moves[bisect(cumulative, draw() * cumulative[-1])]
+            if last == self.n_layers:
+                break
+            chain.append(last)
+        return tuple(chain)
 
     def propose(self, count):
-        """Up to `count` chains to evaluate, as {chain: the walks that led to it}."""
+        """Up to `count` chains to evaluate, as {chain: the nodes on the way to it}."""
         pending = {}
         for walks in range(1, 4 * count + 20):
             path, chain = self.simulate()
             for node in path:
                 node.visits += 1
-            if chain is None:
-                self.back_up(path, -self.result.depth_penalty * self.limit / self.n_layers)  # as if it were wrong
-            elif chain in self.result.evaluated:
-                self.back_up(path, self.result.reward(chain))
+            if chain is None:  # as if it were wrong
+                self.back_up(path, -self.result.depth_penalty * self.limit / self.n_layers)
             else:
-                pending.setdefault(chain, []).append(path)
+                pending[chain] = path
+                self.known.add(chain)
             if self.root.closed or len(pending) == count:
                 break
-        if walks > 2 * count + 16:  # most led to known chains
-            self.edits *= WIDEN
-            self.policies.clear()
+        if walks > 2 * count + 8:
+            self.leave_with(self.leave * WIDEN)
         return pending
 
     def back_up(self, path, reward):
@@ -192,17 +206,13 @@ class Search:
             node.value += reward
 
     def learn(self, chains):
-        """Takes new chains into the statistics and, where one is good enough, as the best chain."""
-        for chain in chains:
-            for step in set(pairwise((START, *chain, STOP))):
-                self.tried[step] += 1
-                self.scores[step] += self.result.evaluated[chain]
-        self.policies.clear()
-        right = [chain for chain in chains if self.result.evaluated[chain] > 0]
-        reward, new = self.result.reward, max(right, key=self.result.reward, default=None)
+        """Follows the best of these new chains, if it is as good as the one followed so far."""
+        reward = self.result.reward
+        new = max(chains, key=lambda chain: (self.result.evaluated[chain] > 0, reward(chain)))
         # One as good is taken too: the search drifts along a plateau.
-        if right and (not self.result.evaluated[self.best] or reward(new) >= reward(self.best)):
-            self.best, self.root, self.edits = new, Node(), EDITS
+        if self.result.evaluated[new] and (not self.result.evaluated[self.best] or reward(new) >= reward(self.best)):
+            self.best, self.root, self.loop = new, Node(), LOOP
+            self.leave_with(EDITS / self.n_layers)
             if self.result.depth_penalty:
                 spare = (1 - self.result.evaluated[new]) * self.n_layers / self.result.depth_penalty
                 self.limit = int(min(2 * self.n_layers, len(new) + spare + 1e-6))
@@ -246,9 +256,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         pending = tree.propose(min(batch, simulations - len(evaluated)))
         if pending:
             evaluated.update(zip(pending, score([*pending]), strict=True))
-            for chain, paths in pending.items():
-                for path in paths:
-                    tree.back_up(path, tree.result.reward(chain))
+            for chain, path in pending.items():
+                tree.back_up(path, tree.result.reward(chain))
             if learn:
                 tree.learn(pending)
         elif tree.root.closed and tree.limit < 2 * n_layers:  # nothing better is left: on to deeper chains

@@ -54,7 +54,7 @@ def tables(args):
             "no tree, rollouts alone": (ours, constants(MATURE=10 ** 4)),
             "nodes expand at the first visit": (ours, constants(MATURE=1)),
             "the tree is kept when the best chain changes": (ours, keeping("root")),
-            "no statistics of steps": (ours, constants(DOUBT=10 ** 9)),
+            "a rollout is drawn once, known chain or not": (ours, constants(TRIES=1)),
             "no wider rollouts where chains are known": (ours, constants(WIDEN=1)),
             "no bound on depth": (ours, keeping("limit")),
             "policy follows the full-depth chain (so no tree, no bound)": (ours, keeping("best", "limit")),
