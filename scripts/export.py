@@ -1,0 +1,148 @@
+"""Writes a chain of layers as an ordinary Hugging Face checkpoint, whose layers are the chain's steps in order.
+
+    python -m scripts.export --model org/name --chain 0-8,11-20,18-29 --out path/to/new
+
+A layer that the chain loops is written once for each time: every step is a layer of its own, with its own keys and
+values. Weights are copied unchanged, each file to one of the same name, which loops make larger. config.json is
+written last: a folder without it is an export that was broken off.
+"""
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+
+import cola  # before torch, as it silences a warning
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from model import Config, fetch, read_json, weight_files
+from scripts.train_tiny import save_tensors
+
+LAYER = re.compile(r"((?:model\.)?layers\.)(\d+)(\..+)")
+COPIED = ["generation_config.json", "*token*.json", "tokenizer.model", "vocab.json", "merges.txt", "*.jinja",
+          "LICENSE*", "NOTICE*"]
+CARD = """---
+{base}library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+The layers of {source} in the order `{chain}`, counted from 0: {explained}. It has {steps} layers and {here:.2f} M
+parameters, the source {layers} and {before:.2f} M. No weight was changed, so the source's licence holds. {note}
+
+```python
+from transformers import pipeline
+write = pipeline("text-generation", "path/to/{name}")
+print(write("What is 12 + 7?", max_new_tokens=32, do_sample=False)[0]["generated_text"])
+```
+
+Written by scripts/export.py of a reference implementation of CoLa, chains of layers (arXiv 2507.07996).
+"""
+
+
+def new_names(name, chain):
+    """The names under which a tensor is written: one for each step that runs its layer."""
+    match = LAYER.fullmatch(name)
+    if not match:
+        return [name]
+    return [f"{match[1]}{step}{match[3]}" for step, layer in enumerate(chain) if layer == int(match[2])]
+
+
+def adapt(raw, config, chain, names):
+    """The source's config.json for the chain, whose tensors have these names."""
+    new = raw | {"num_hidden_layers": len(chain)}
+    new.pop("_name_or_path", None)  # a place on its author's machine
+    for key, value in raw.items():
+        if "layer" in key and isinstance(value, list) and len(value) == config.num_hidden_layers:
+            new[key] = [value[layer] for layer in chain]
+    if raw["model_type"].endswith("_moe"):  # a layer's number said whether it has experts; now its tensors do
+        sparse = [LAYER.fullmatch(name)[2] for name in names if name.endswith(".mlp.gate.weight")]
+        new["mlp_only_layers"] = [step for step in range(len(chain)) if str(step) not in sparse]
+        new["decoder_sparse_step"] = 1
+    if raw.get("use_sliding_window") and not raw.get("layer_types"):  # numbers again; up to the window none is needed
+        new |= {"use_sliding_window": False, "max_position_embeddings": config.max_position_embeddings}
+    return new
+
+
+def copy_weights(file, out, chain):
+    """Writes what the chain needs of one file; returns the file's tensors and the written ones, {name: tensor}.
+
+    These are views of the file on the disk, so that neither it nor its loops are ever in memory as a whole.
+    """
+    try:
+        stored = safe_open(file, framework="pt")
+        old = {name: stored.get_tensor(name) for name in stored.keys()}
+        new = {name: tensor for old_name, tensor in old.items() for name in new_names(old_name, chain)}
+        if new:  # else the chain skips all that the file holds
+            save_tensors(new, out / file.name, **{"format": "pt"} | (stored.metadata() or {}))
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file, or there is no room in {out} ({error}); "
+                         "fetch the one again, or make room in the other") from None
+    return old, new
+
+
+def export(folder, chain, out, hub=None, note=""):
+    """Writes a chain of the checkpoint in `folder`, and prints what was written.
+
+    Args:
+      hub: the checkpoint's "org/name", if it comes from the hub.
+      note: a sentence for the model card, such as how the chain was found.
+    Raises ValueError or OSError with one line that says what to do.
+    """
+    folder, out = Path(folder), Path(out)
+    config, raw = Config.from_json(folder / "config.json"), read_json(folder / "config.json")
+    if not chain:
+        raise ValueError("other programs cannot run a model without layers; give --chain at least one")
+    if folder.resolve() in out.resolve().parents or out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} is no new or empty folder outside of {folder}; give --out another")
+    out.mkdir(parents=True, exist_ok=True)
+    places, before, here, size = {}, 0, 0, 0
+    for file in tqdm(weight_files(folder), desc="export", unit="file", disable=None, leave=False):
+        old, new = copy_weights(file, out, chain)
+        places |= dict.fromkeys(new, file.name)
+        before += sum(tensor.numel() for tensor in old.values())
+        here += sum(tensor.numel() for tensor in new.values())
+        size += sum(tensor.nbytes for tensor in new.values())
+    if len({LAYER.fullmatch(name)[2] for name in places if LAYER.fullmatch(name)}) < len(chain):
+        raise ValueError(f"{folder} lacks the tensors of a layer; fetch the checkpoint again")
+    if (folder / "model.safetensors.index.json").exists():
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for file in [file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()]:
+        shutil.copyfile(file, out / file.name)
+    name, layers = folder.resolve().name, config.num_hidden_layers  # a folder of the hub's cache is named by its commit
+    card = CARD.format(base=f"base_model: {hub}\n" if hub else "", name=out.resolve().name, note=note,
+                       source=f"{hub} (revision {name})" if hub else name, chain=cola.format_chain(chain),
+                       explained=cola.explain(chain, layers), steps=len(chain), here=here / 1e6, layers=layers,
+                       before=before / 1e6)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    (out / "config.json").write_text(json.dumps(adapt(raw, config, chain, places), indent=2) + "\n")
+    print(f"{out}: {len(chain)} layers of {layers}, {here / 1e6:.1f}M parameters of {before / 1e6:.1f}M, {size} bytes")
+
+
+def source(model, revision=None):
+    """The folder of --model, and its name on the hub if it comes from there."""
+    folder = cola.TINY if model == "tiny" else fetch(model, revision)
+    return folder, None if folder in (cola.TINY, Path(model)) else model
+
+
+def parser():
+    p = cola.Parser(prog="python -m scripts.export", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="tiny", metavar="NAME",
+                   help="a checkpoint's folder, or its org/name on the hub (default: the embedded tiny)")
+    p.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)")
+    p.add_argument("--chain", required=True, metavar="LAYERS", help="such as 0-5,5,8-11")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, new or empty")
+    return p
+
+
+def main(args):
+    folder, hub = source(args.model, args.revision)
+    n_layers = Config.from_json(folder / "config.json").num_hidden_layers
+    export(folder, cola.parse_chain(args.chain, n_layers), args.out, hub)
+
+
+if __name__ == "__main__":
+    cola.exit_on_error("export", main, parser().parse_args())
