@@ -648,6 +648,126 @@ def test_hub_models_and_datasets(tmp_path):
         assert unknown[0] == "" and "cannot be reached" in unknown[1].splitlines()[-1]
 
 
+# scripts/export.py
+
+from scripts import export
+
+ODD = (0, 1, 3, 3, 2, 4, 4)  # of 5 layers: a skip, two loops and a jump back
+
+
+def run_export(capsys, *arguments):
+    """Exit code, stdout, stderr of the script."""
+    try:
+        code = cola.exit_on_error("export", export.main, export.parser().parse_args([*map(str, arguments)]))
+    except SystemExit as exit_:
+        code = exit_.code
+    return code, *capsys.readouterr()
+
+
+def test_an_exported_chain_is_an_ordinary_checkpoint(tiny, capsys, tmp_path):
+    chain = (0, 1, 3, 3, 2, *range(4, 9), 8, 9, 11)
+    code, out, err = run_export(capsys, "--chain", cola.format_chain(chain), "--out", tmp_path / "new")
+    assert (code, err) == (None, "") and "13 layers of 12" in out
+    new, tokens = Llama.from_pretrained(tmp_path / "new", "cpu"), torch.randint(284, (2, 40))
+    with torch.inference_mode():
+        assert torch.equal(new(tokens), tiny[0](tokens, chain))
+    assert data.Tokenizer(tmp_path / "new").stop == tiny[1].stop
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "`0-1,3,3,2,4-8,8-9,11`" in card and "base_model" not in card and str(cola.TINY.parent) not in card
+
+
+def test_an_export_from_the_hub_names_its_base(capsys, monkeypatch, tmp_path):
+    commit = write_checkpoint(tmp_path / "0123abc")
+    for name in ("chat_template.jinja", "generation_config.json", "vocab.json", "LICENSE"):
+        (commit / name).write_text(name)
+    monkeypatch.setattr(export, "fetch", lambda name, revision: commit)
+    assert run_export(capsys, "--model", "org/name", "--chain", "3", "--out", tmp_path / "new")[::2] == (None, "")
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "\nbase_model: org/name\n" in card and "0123abc" in card and str(tmp_path) not in card
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == sorted(
+        [file.name for file in commit.iterdir()] + ["README.md"])
+    export.export(commit, (3,), tmp_path / "noted", note="Fitted on 64 sums.")
+    assert "Fitted on 64 sums." in (tmp_path / "noted" / "README.md").read_text()
+
+
+def test_an_export_has_the_files_of_its_source(tmp_path):
+    """Each tensor in the file that it came from; a file whose layers are all skipped is left out."""
+    folder, tensors = write_checkpoint(tmp_path / "old"), tiny_tensors()
+    (folder / "model.safetensors").unlink()
+    place = {name: f"{min(2, int(name.split('.')[2]) // 5) if '.layers.' in name else 0}.safetensors" for name in tensors}
+    for file in set(place.values()):
+        save_tensors({name: tensors[name] for name in tensors if place[name] == file}, folder / file, format="pt")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    for chain, files in [((0, 11, 11, 1, 6), "012"), ((10, 4, 4), "02")]:
+        out = tmp_path / files
+        export.export(folder, chain, out)
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert {file.name for file in out.glob("*.safetensors")} == {f"{i}.safetensors" for i in files}
+        for step, layer in enumerate(chain):
+            assert (index["weight_map"][f"model.layers.{step}.mlp.up_proj.weight"]
+                    == place[f"model.layers.{layer}.mlp.up_proj.weight"])
+        new, tokens = Llama.from_pretrained(out, "cpu"), torch.randint(284, (2, 40))
+        assert index["metadata"]["total_size"] == sum(p.nbytes for p in new.parameters())
+        assert torch.equal(new(tokens), Llama.from_pretrained(folder, "cpu")(tokens, chain))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("chain", [ODD, (3, 3), (1, 4, 1)])
+def test_an_exported_chain_runs_in_transformers(name, chain, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_random(transformers, tmp_path / "old", name, **({"max_shard_size": "100KB"} if "MoE" in name else {}))
+    export.export(tmp_path / "old", chain, tmp_path / "new")
+    model = Llama.from_pretrained(tmp_path / "old", "cpu", torch.float32)
+    oracle, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "new", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())  # no tensor is missing, and none is left over
+    tokens = torch.randint(90, (2, 70))
+    with torch.inference_mode():
+        logits, reference = model(tokens, chain), oracle(tokens).logits
+        assert (logits - reference).norm() < 1e-4 * reference.norm()
+        text = oracle.generate(tokens[:1, :9], max_new_tokens=12, do_sample=False)[0, 9:].tolist()
+        assert model.generate(tokens[0, :9].tolist(), chain, max_new_tokens=12) == text
+
+
+@pytest.mark.parametrize("family, older", [("Qwen2", False), ("Qwen2", True), ("Qwen3", True), ("Qwen2Moe", False),
+                                           ("Qwen2Moe", True), ("Qwen3Moe", True)])
+def test_windows_of_single_layers_move_in_transformers(family, older, tmp_path, monkeypatch):
+    """With layer_types each layer keeps its own window; where numbers say it, positions end at the window."""
+    window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}
+    moe = QWEN2_MOE | {"decoder_sparse_step": 2} if "Moe" in family else {}
+    monkeypatch.setitem(FAMILIES, "windows", (family, window | moe))
+    transformers = pytest.importorskip("transformers")
+    oracle = save_random(transformers, tmp_path / "old", "windows")
+    if older:
+        raw = json.loads((tmp_path / "old" / "config.json").read_text())
+        raw.pop("layer_types", None)
+        (tmp_path / "old" / "config.json").write_text(json.dumps(raw))
+    export.export(tmp_path / "old", ODD, tmp_path / "new")
+    tokens = torch.randint(90, (2, 24 if older else 70))
+    new = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+    with torch.inference_mode():
+        logits, reference = new(tokens).logits, oracle_with_chain(oracle, ODD)(tokens).logits
+    assert (logits - reference).norm() < 1e-4 * reference.norm()
+    assert Config.from_json(tmp_path / "new" / "config.json").max_position_embeddings == 24
+
+
+@pytest.mark.parametrize("says, arguments", [
+    ("malformed", ["--chain", "0-"]), ("layers 0 to 11", ["--chain", "0-12"]), ("at least one", ["--chain", ""]),
+    ("--out", ["--out", "full"]), ("--out", ["--out", "full/file"]), ("--out", ["--model", "old", "--out", "old/new"]),
+    ("missing", ["--model", "nowhere"]), ("whole", ["--model", "broken"]), ("lacks", ["--model", "lacking"])])
+def test_what_cannot_be_exported_ends_in_one_line(says, arguments, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("full", "old", "broken", "lacking"):
+        write_checkpoint(tmp_path / folder)
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "broken" / "model.safetensors").write_bytes((tmp_path / "old" / "model.safetensors").read_bytes()[:-9])
+    save_tensors({name: weight for name, weight in tiny_tensors().items() if "layers.3." not in name},
+                 tmp_path / "lacking" / "model.safetensors")
+    code, out, err = run_export(capsys, "--chain", "0-5", "--out", "new", *arguments)
+    assert code == 2 and err.startswith("export: ") and err.count("\n") == 1 and says in err
+    assert not (tmp_path / "new" / "config.json").exists() and [*(tmp_path / "full").glob("README.md")] == []
+
+
 # cola.py
 
 @pytest.mark.parametrize("text, chain", [("0-5,5,8-11", (*range(6), 5, *range(8, 12))), ("3", (3,)), ("", ()),

@@ -29,7 +29,7 @@ pipeline_tag: text-generation
 # {name}
 
 The layers of {source} in the order `{chain}`, counted from 0: {explained}. It has {steps} layers and {here:.2f} M
-parameters, the source {layers} and {before:.2f} M. No weight was changed, so the source's licence holds. {note}
+parameters, the source {layers} and {before:.2f} M. No weight was changed, so the source's licence holds.{note}
 
 ```python
 from transformers import pipeline
@@ -112,10 +112,10 @@ def export(folder, chain, out, hub=None, note=""):
     for file in [file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()]:
         shutil.copyfile(file, out / file.name)
     name, layers = folder.resolve().name, config.num_hidden_layers  # a folder of the hub's cache is named by its commit
-    card = CARD.format(base=f"base_model: {hub}\n" if hub else "", name=out.resolve().name, note=note,
+    card = CARD.format(base=f"base_model: {hub}\n" if hub else "", name=out.resolve().name,
                        source=f"{hub} (revision {name})" if hub else name, chain=cola.format_chain(chain),
                        explained=cola.explain(chain, layers), steps=len(chain), here=here / 1e6, layers=layers,
-                       before=before / 1e6)
+                       before=before / 1e6, note=note and f"\n\n{note}")
     (out / "README.md").write_text(card, encoding="utf-8")
     (out / "config.json").write_text(json.dumps(adapt(raw, config, chain, places), indent=2) + "\n")
     print(f"{out}: {len(chain)} layers of {layers}, {here / 1e6:.1f}M parameters of {before / 1e6:.1f}M, {size} bytes")
