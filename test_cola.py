@@ -686,7 +686,7 @@ def test_an_export_from_the_hub_names_its_base(capsys, monkeypatch, tmp_path):
     assert "\nbase_model: org/name\n" in card and "0123abc" in card and str(tmp_path) not in card
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == sorted(
         [file.name for file in commit.iterdir()] + ["README.md"])
-    export.export(commit, (3,), tmp_path / "noted", note="Fitted on 64 sums.")
+    export.export(commit, "3", tmp_path / "noted", note="Fitted on 64 sums.")
     assert "Fitted on 64 sums." in (tmp_path / "noted" / "README.md").read_text()
 
 
@@ -694,13 +694,13 @@ def test_an_export_has_the_files_of_its_source(tmp_path):
     """Each tensor in the file that it came from; a file whose layers are all skipped is left out."""
     folder, tensors = write_checkpoint(tmp_path / "old"), tiny_tensors()
     (folder / "model.safetensors").unlink()
-    place = {name: f"{min(2, int(name.split('.')[2]) // 5) if '.layers.' in name else 0}.safetensors" for name in tensors}
+    place = {name: f"{int(name.split('.')[2]) // 5 if '.layers.' in name else 0}.safetensors" for name in tensors}
     for file in set(place.values()):
         save_tensors({name: tensors[name] for name in tensors if place[name] == file}, folder / file, format="pt")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
     for chain, files in [((0, 11, 11, 1, 6), "012"), ((10, 4, 4), "02")]:
         out = tmp_path / files
-        export.export(folder, chain, out)
+        export.export(folder, cola.format_chain(chain), out)
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert {file.name for file in out.glob("*.safetensors")} == {f"{i}.safetensors" for i in files}
         for step, layer in enumerate(chain):
@@ -716,7 +716,7 @@ def test_an_export_has_the_files_of_its_source(tmp_path):
 def test_an_exported_chain_runs_in_transformers(name, chain, tmp_path):
     transformers = pytest.importorskip("transformers")
     save_random(transformers, tmp_path / "old", name, **({"max_shard_size": "100KB"} if "MoE" in name else {}))
-    export.export(tmp_path / "old", chain, tmp_path / "new")
+    export.export(tmp_path / "old", cola.format_chain(chain), tmp_path / "new")
     model = Llama.from_pretrained(tmp_path / "old", "cpu", torch.float32)
     oracle, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "new", dtype=torch.float32, output_loading_info=True)
@@ -742,13 +742,14 @@ def test_windows_of_single_layers_move_in_transformers(family, older, tmp_path, 
         raw = json.loads((tmp_path / "old" / "config.json").read_text())
         raw.pop("layer_types", None)
         (tmp_path / "old" / "config.json").write_text(json.dumps(raw))
-    export.export(tmp_path / "old", ODD, tmp_path / "new")
+    export.export(tmp_path / "old", cola.format_chain(ODD), tmp_path / "new")
     tokens = torch.randint(90, (2, 24 if older else 70))
     new = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
     with torch.inference_mode():
         logits, reference = new(tokens).logits, oracle_with_chain(oracle, ODD)(tokens).logits
     assert (logits - reference).norm() < 1e-4 * reference.norm()
     assert Config.from_json(tmp_path / "new" / "config.json").max_position_embeddings == 24
+    assert new.config.use_sliding_window == (not older)
 
 
 @pytest.mark.parametrize("says, arguments", [

@@ -20,8 +20,7 @@ from model import Config, fetch, read_json, weight_files
 from scripts.train_tiny import save_tensors
 
 LAYER = re.compile(r"((?:model\.)?layers\.)(\d+)(\..+)")
-COPIED = ["generation_config.json", "*token*.json", "tokenizer.model", "vocab.json", "merges.txt", "*.jinja",
-          "LICENSE*", "NOTICE*"]
+COPIED = "generation_config.json *token*.json tokenizer.model vocab.json merges.txt *.jinja LICENSE* NOTICE*".split()
 CARD = """---
 {base}library_name: transformers
 pipeline_tag: text-generation
@@ -60,7 +59,7 @@ def adapt(raw, config, chain, names):
         sparse = [LAYER.fullmatch(name)[2] for name in names if name.endswith(".mlp.gate.weight")]
         new["mlp_only_layers"] = [step for step in range(len(chain)) if str(step) not in sparse]
         new["decoder_sparse_step"] = 1
-    if raw.get("use_sliding_window") and not raw.get("layer_types"):  # numbers again; up to the window none is needed
+    if raw.get("use_sliding_window") and not raw.get("layer_types"):  # numbers again; up to the window none does
         new |= {"use_sliding_window": False, "max_position_embeddings": config.max_position_embeddings}
     return new
 
@@ -82,16 +81,14 @@ def copy_weights(file, out, chain):
     return old, new
 
 
-def export(folder, chain, out, hub=None, note=""):
-    """Writes a chain of the checkpoint in `folder`, and prints what was written.
+def export(model, chain, out, revision=None, note=""):
+    """Does what the command does; `note` is a sentence for the model card, such as how the chain was found.
 
-    Args:
-      hub: the checkpoint's "org/name", if it comes from the hub.
-      note: a sentence for the model card, such as how the chain was found.
     Raises ValueError or OSError with one line that says what to do.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = cola.TINY if model == "tiny" else fetch(model, revision), Path(out)
     config, raw = Config.from_json(folder / "config.json"), read_json(folder / "config.json")
+    layers, chain = config.num_hidden_layers, cola.parse_chain(chain, config.num_hidden_layers)
     if not chain:
         raise ValueError("other programs cannot run a model without layers; give --chain at least one")
     if folder.resolve() in out.resolve().parents or out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -109,22 +106,16 @@ def export(folder, chain, out, hub=None, note=""):
     if (folder / "model.safetensors.index.json").exists():
         index = {"metadata": {"total_size": size}, "weight_map": places}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    for file in [file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()]:
+    for file in {file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()}:
         shutil.copyfile(file, out / file.name)
-    name, layers = folder.resolve().name, config.num_hidden_layers  # a folder of the hub's cache is named by its commit
+    name, hub = folder.resolve().name, None if folder in (cola.TINY, Path(model)) else model
     card = CARD.format(base=f"base_model: {hub}\n" if hub else "", name=out.resolve().name,
-                       source=f"{hub} (revision {name})" if hub else name, chain=cola.format_chain(chain),
-                       explained=cola.explain(chain, layers), steps=len(chain), here=here / 1e6, layers=layers,
-                       before=before / 1e6, note=note and f"\n\n{note}")
+                       source=f"{hub} (revision {name})" if hub else name,  # a folder in the hub's cache is a commit
+                       chain=cola.format_chain(chain), explained=cola.explain(chain, layers), steps=len(chain),
+                       here=here / 1e6, layers=layers, before=before / 1e6, note=note and f"\n\n{note}")
     (out / "README.md").write_text(card, encoding="utf-8")
     (out / "config.json").write_text(json.dumps(adapt(raw, config, chain, places), indent=2) + "\n")
     print(f"{out}: {len(chain)} layers of {layers}, {here / 1e6:.1f}M parameters of {before / 1e6:.1f}M, {size} bytes")
-
-
-def source(model, revision=None):
-    """The folder of --model, and its name on the hub if it comes from there."""
-    folder = cola.TINY if model == "tiny" else fetch(model, revision)
-    return folder, None if folder in (cola.TINY, Path(model)) else model
 
 
 def parser():
@@ -139,9 +130,7 @@ def parser():
 
 
 def main(args):
-    folder, hub = source(args.model, args.revision)
-    n_layers = Config.from_json(folder / "config.json").num_hidden_layers
-    export(folder, cola.parse_chain(args.chain, n_layers), args.out, hub)
+    export(args.model, args.chain, args.out, args.revision)
 
 
 if __name__ == "__main__":
