@@ -92,7 +92,7 @@ def export(model, chain, out, revision=None, note=""):
     if not chain:
         raise ValueError("other programs cannot run a model without layers; give --chain at least one")
     if folder.resolve() in out.resolve().parents or out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} is no new or empty folder outside of {folder}; give --out another")
+        raise ValueError(f"{out} must be a new or an empty folder outside of {folder}; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     places, before, here, size = {}, 0, 0, 0
     for file in tqdm(weight_files(folder), desc="export", unit="file", disable=None, leave=False):
