@@ -44,6 +44,7 @@ class Problem:
       question: the text asked, with the choices where there are any.
       answer: what the model has to write; for multiple choice a label such as "B".
       choices: the labels to choose from; empty where the answer is free.
+      texts: what the labels stand for.
       level: its difficulty, where the dataset says so.
       examples: worked examples to show before it, as Problems.
     """
@@ -51,6 +52,7 @@ class Problem:
     question: str
     answer: str
     choices: tuple = ()
+    texts: tuple = ()
     level: int | None = None
     examples: tuple = ()
 
@@ -69,6 +71,18 @@ class Problem:
             turns += [{"role": "user", "content": f"{problem.question}\n{wish}"},
                       {"role": "assistant", "content": problem.answer}]
         return turns[:-1]
+
+    def reordered(self, order):
+        """The same problem with its texts in another order under the same labels: first the text order[0], ..."""
+        texts = tuple(self.texts[i] for i in order)
+        question = self.question.removesuffix(listed(self.choices, self.texts)) + listed(self.choices, texts)
+        answer = self.choices[order.index(self.choices.index(self.answer))]
+        return replace(self, question=question, answer=answer, texts=texts)
+
+
+def listed(choices, texts):
+    """The choices as they stand below a question."""
+    return "".join(f"\n{label}. {text}" for label, text in zip(choices, texts, strict=True))
 
 
 def load(dataset, shots=0, split=None):
@@ -172,11 +186,11 @@ def read_row(row, where, position):
     question = row.get("question", row.get("problem"))
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'{where}: no question; a row needs the text under "question" or "problem"')
-    question, choices = question.strip(), ()
+    question, choices, texts = question.strip(), (), ()
     if "choices" in row:
         try:
-            choices, texts = tuple(map(str, row["choices"]["label"])), row["choices"]["text"]
-            question += "".join(f"\n{label}. {text}" for label, text in zip(choices, texts, strict=True))
+            choices, texts = tuple(map(str, row["choices"]["label"])), tuple(row["choices"]["text"])
+            question += listed(choices, texts)
         except (TypeError, KeyError, ValueError):
             raise ValueError(f'{where}: choices must be {{"text": [...], "label": [...]}}, of equal length') from None
         answer = str(row.get("answerKey"))
@@ -189,7 +203,7 @@ def read_row(row, where, position):
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError(f'{where}: no answer; a row needs it under "answer", or "answerKey" with choices')
     return Problem(str(row.get("id", row.get("unique_id", position))), question, str(answer).strip(), choices,
-                   row.get("level"))
+                   texts, row.get("level"))
 
 
 # The hub's dataset viewer serves every dataset as JSON, whatever its own format.

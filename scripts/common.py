@@ -1,6 +1,11 @@
-"""What several scripts share: their arguments, and intervals for their tables."""
+"""What several scripts share: their arguments, intervals for their tables, and the lines of a study."""
 import argparse
+import glob
+import gzip
+import json
 import math
+import sys
+import zlib
 
 import cola
 
@@ -43,3 +48,56 @@ def share(flags):
     """A share with its 95 % interval, as text."""
     low, high = wilson(sum(flags), len(flags))
     return f"{sum(flags) / len(flags):.1%} ({low:.0%}-{high:.0%})" if flags else "-"
+
+
+# The lines of scripts/study.py.
+
+FIELDS = {"sample", "id", "level", "question", "gt_ans", "initial_score", "prediction", "best", "best_prediction",
+          "final_valid_transitions", "final_invalid_transitions", "n_layers", "decoy", "reorder", "settings"}
+
+
+def files_of(path):
+    """A study's file and those that its ranks wrote beside it, as far as they are there."""
+    ranks = path.parent.glob(f"{glob.escape(path.stem)}.rank[0-9]*{glob.escape(path.suffix)}")
+    return [file for file in [path, *sorted(ranks)] if file.exists()]
+
+
+def read_lines(path):
+    """The lines of a file, a dict each; it may be compressed. The last one counts once its line feed is there."""
+    lines, number = [], 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, text in enumerate(file, 1):
+                if text.endswith("\n"):
+                    lines.append(json.loads(text))
+                    if not FIELDS <= lines[-1].keys():
+                        raise ValueError("a field is missing")
+    except (ValueError, AttributeError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}, line {number} is not as scripts.study writes it ({error}); take it out") from None
+    return lines
+
+
+def read_done(out, own, settings):
+    """What is done of a study, {sample: line}; raises ValueError if other settings made it.
+
+    Args:
+      out: the file given, beside which those of the ranks stand.
+      own: the one that this process will append to; what another run left torn at its end is cut off.
+    """
+    if own.exists():
+        with open(own, "r+b") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                print(f"{own}: the last line was torn; dropped it, its sample runs again", file=sys.stderr)
+                file.truncate(whole)
+    done = {}
+    for path in files_of(out):
+        for line in read_lines(path):
+            old = line["settings"]
+            changed = [f"{name} {old.get(name)!r}, now {settings.get(name)!r}"
+                       for name in settings | old if old.get(name) != settings.get(name)]
+            if changed:
+                raise ValueError(f"{path} was made with other settings: {'; '.join(changed)}; give another --out")
+            done[line["sample"]] = line
+    return done

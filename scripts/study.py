@@ -1,0 +1,150 @@
+"""Searches many samples, each with a control, and writes one JSON line a sample.
+
+    python -m scripts.study --out runs/tiny.jsonl
+    torchrun --nproc-per-node 8 -m scripts.study --dataset arc-easy --samples 0:500 --out runs/arc.jsonl
+
+A line is on the disk before the next sample begins; the same command goes on where it was stopped. Of several processes
+each takes its part of the samples and writes its own file beside --out, such as runs/arc.rank3.jsonl; they need not
+talk, and their number may change. What a search finds may be luck, so with each sample stands
+  decoy: where the full model is wrong, whether the same search reaches a wrong answer too. That is another choice,
+    neither right nor the full model's; or the answer of another problem of the same level, with as many tokens.
+  reorder: whether the best chain is right elsewhere, and whether the full model is: with the choices in another order,
+    or, where the answer is free, on the next problems of the same level.
+A sample's seed is its id plus --seed. scripts.report and scripts.figures read the lines.
+"""
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import cola  # before torch, as it silences a warning
+import torch
+from tqdm import tqdm
+
+import data
+from scripts import common
+
+
+def parser():
+    p = common.parser("study", __doc__)
+    study = p.add_argument_group("study")
+    study.add_argument("--samples", default="0:250", metavar="FIRST:END", help="default: %(default)s")
+    study.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines, such as runs/arc.jsonl")
+    study.add_argument("--no-decoy", action="store_true", help="leave this control out")
+    study.add_argument("--reorder", type=int, default=3, metavar="K",
+                       help="other orders, or problems, to try the best chain on (default: %(default)s)")
+    return p
+
+
+def decoy_answer(tokenizer, problem, problems, prediction, rng):
+    """A wrong answer as described above, or None if there is none."""
+    answers = list(problem.choices) or [other.answer for other in problems
+                                        if other.level == problem.level and not other.choices]
+    rng.shuffle(answers)
+    length, taken = len(tokenizer.encode(problem)[1]), (problem.answer, prediction)
+    fitting = (answer for answer in answers if not any(data.exact_match(answer, other) for other in taken)
+               and len(tokenizer.encode(replace(problem, answer=answer))[1]) == length)
+    return next(fitting, None)
+
+
+def elsewhere(problems, i, count, rng):
+    """Up to `count` problems to try the best chain of problem i on, as described above."""
+    problem, others = problems[i], []
+    if not problem.choices:
+        return [other for other in problems[i + 1:] + problems[:i] if other.level == problem.level][:count]
+    for _ in range(20 * count):  # two or three choices have few orders
+        other = problem.reordered(rng.sample(range(len(problem.choices)), len(problem.choices)))
+        if other.answer != problem.answer and other not in others:
+            others.append(other)
+    return others[:count]
+
+
+def search(args, sample, full_right, seed):
+    """All chains evaluated, as {chain: whether it is right}, and the best one or None."""
+    full = tuple(range(len(sample.model.layers)))
+    result = cola.search(args, sample.verify, len(full), seed)
+    result.evaluated[full] = full_right  # plain generation has the last word, on this chain and on the best one
+    right = result.right()
+    while right and not sample.answer(right[0])[1]:
+        result.evaluated[right.pop(0)] = False
+    return result.evaluated, right[0] if right else None
+
+
+def study(args, model, tokenizer, problems, i):
+    """The line of sample i, all but its settings."""
+    start, problem, seed, full = time.perf_counter(), problems[i], args.seed + i, tuple(range(len(model.layers)))
+    rng, sample = random.Random(seed), cola.Sample(model, tokenizer, problem, args.cache_mb)
+    prediction, full_right = sample.answer(full)
+    evaluated, best = search(args, sample, full_right, seed)
+    decoy = reorder = None
+    wrong = None if full_right or args.no_decoy else decoy_answer(tokenizer, problem, problems, prediction, rng)
+    if wrong is not None:
+        mistaken = cola.Sample(model, tokenizer, replace(problem, answer=wrong), args.cache_mb)
+        reached = search(args, mistaken, False, seed)[1]
+        decoy = {"answer": wrong, "found": reached is not None, "depth": None if reached is None else len(reached)}
+    if best is not None and args.reorder:
+        others = elsewhere(problems, i, args.reorder, rng)
+        verdicts = [cola.Sample(model, tokenizer, other, args.cache_mb).verify([best, full]) for other in others]
+        reorder = {"asked": len(verdicts), "right": sum(of_best for of_best, _ in verdicts),
+                   "full_right": sum(of_full for _, of_full in verdicts)}
+    return {"sample": i, "id": problem.id, "level": problem.level, "question": problem.question,
+            "gt_ans": problem.answer, "initial_score": float(full_right), "prediction": prediction, "best": best,
+            "best_prediction": None if best is None else sample.answer(best)[0],
+            "final_valid_transitions": [chain for chain, right in evaluated.items() if right],
+            "final_invalid_transitions": [chain for chain, right in evaluated.items() if not right],
+            "n_layers": len(full), "decoy": decoy, "reorder": reorder, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def settings_of(args, model, tokenizer):
+    """All that a line depends on. Of a path it is the last part: a study may go on where its files lie elsewhere."""
+    settings = {name: getattr(args, name) for name in (
+        "model", "revision", "dataset", "shots", "split", "search", "simulations", "depth_penalty", "exploration",
+        "max_skip", "max_loop", "batch", "seed", "reorder")}
+    for name in ("model", "dataset"):
+        if Path(settings[name]).exists():
+            settings[name] = Path(settings[name]).resolve().name
+    return settings | {"decoy": not args.no_decoy, "chat": tokenizer.chat,
+                       "dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
+
+
+def main(args):
+    rank, ranks, local_rank = (int(os.environ.get(name, default)) for name, default  # torchrun sets them
+                               in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
+    if args.reorder < 0 or args.out.suffix == ".gz":
+        raise ValueError("--reorder must be 0 or more, and --out a name without .gz")
+    if ranks > 1 and torch.cuda.is_available():
+        args.device = args.device or f"cuda:{local_rank}"
+    problems = data.load(args.dataset, args.shots, args.split)
+    samples = common.parse_samples(args.samples, len(problems))[rank::ranks]
+    model, tokenizer = cola.load_checkpoint(args)
+    settings = settings_of(args, model, tokenizer)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    own = args.out if ranks == 1 else args.out.with_suffix(f".rank{rank}{args.out.suffix}")
+    done = common.read_done(args.out, own, settings)
+    lines = [done[i] for i in samples if i in done]
+    try:
+        with (open(own, "a", encoding="utf-8") as file,
+              tqdm(total=len(samples), initial=len(lines), unit="sample", disable=True if rank else None) as bar):
+            for i in [i for i in samples if i not in done]:
+                try:
+                    lines.append(study(args, model, tokenizer, problems, i) | {"settings": settings})
+                except ValueError as error:
+                    raise ValueError(f"sample {i}: {error}") from None
+                file.write(json.dumps(lines[-1]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                best = [line["best"] for line in lines if line["best"] is not None]
+                bar.set_postfix({"full": f"{sum(line['initial_score'] for line in lines) / len(lines):.1%}",
+                                 "cola": f"{len(best) / len(lines):.1%}",
+                                 "depth": f"{sum(map(len, best)) / max(1, len(best)):.2f}"}, refresh=False)
+                bar.update()
+    except KeyboardInterrupt:
+        print(f"study: {len(lines)} of {len(samples)} samples are done; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    cola.exit_on_error("study", main, parser().parse_args())
