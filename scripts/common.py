@@ -50,6 +50,27 @@ def share(flags):
     return f"{sum(flags) / len(flags):.1%} ({low:.0%}-{high:.0%})" if flags else "-"
 
 
+def lift(pairs):
+    """How far the share of the first flags is above that of the second, with its 95 % interval, as text.
+
+    The flags of a pair come from the same sample, so they are correlated: Newcombe, Statistics in Medicine 17 (1998)
+    2635-2650, method 10, which combines the two Wilson intervals.
+    """
+    if not pairs:
+        return "-"
+    n, both, neither = len(pairs), pairs.count((True, True)), pairs.count((False, False))
+    hits = [sum(first for first, _ in pairs), sum(second for _, second in pairs)]
+    agreement = both * neither - (hits[0] - both) * (hits[1] - both)
+    if agreement > 0:
+        agreement = max(0, agreement - n / 2)
+    spread = math.sqrt(hits[0] * (n - hits[0]) * hits[1] * (n - hits[1]))
+    correlation = agreement / spread if spread else 0
+    (p, p_low, p_high), (q, q_low, q_high) = [(hit / n, *wilson(hit, n)) for hit in hits]
+    down, up = (math.sqrt(a * a - 2 * correlation * a * b + b * b)
+                for a, b in [(p - p_low, q_high - q), (p_high - p, q - q_low)])
+    return f"{100 * (p - q):+.1f} points ({100 * (p - q - down):+.0f} to {100 * (p - q + up):+.0f})"
+
+
 # The lines of scripts/study.py.
 
 FIELDS = {"sample", "id", "level", "question", "gt_ans", "initial_score", "prediction", "best", "best_prediction",
@@ -75,6 +96,25 @@ def read_lines(path):
     except (ValueError, AttributeError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}, line {number} is not as scripts.study writes it ({error}); take it out") from None
     return lines
+
+
+def studies(paths):
+    """The lines of all files, {title of a study: its lines by sample}; a line that stands twice counts once."""
+    found = {}
+    for path in paths:
+        for file in files_of(path) or [path]:
+            for line in read_lines(file):
+                study = json.dumps(line["settings"], sort_keys=True)
+                found.setdefault(study, {}).setdefault(line["sample"], line)
+    if not found:
+        raise ValueError(f"{', '.join(map(str, paths))}: no lines; run python -m scripts.study")
+    titled, all_settings = {}, [json.loads(study) for study in found]
+    for settings, lines in zip(all_settings, found.values()):
+        name = [settings["model"], settings["dataset"].removesuffix(".jsonl")]
+        alike = [other for other in all_settings if all(other[key] == settings[key] for key in ("model", "dataset"))]
+        name += [f"{key} {settings[key]}" for key in settings if any(other[key] != settings[key] for other in alike)]
+        titled[", ".join(name)] = [lines[sample] for sample in sorted(lines)]
+    return titled
 
 
 def read_done(out, own, settings):
