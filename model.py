@@ -442,12 +442,13 @@ def check_chain(chain, n_layers):
     return chain
 
 
-class Verifier:
-    """Says of many chains whether greedy decoding under each would answer right, at the price of a few.
+class BatchVerifier:
+    """Says of many chains which of many problems greedy decoding under each would answer right, at the price of a few.
 
     One pass a chain. As in speculative decoding the answer is a draft: run on prompt + answer, a chain would have
     written each of the answer's tokens if and only if each is the argmax after those before it. So there is no
-    decoding loop, no key/value cache, and the head runs on the answer's positions only.
+    decoding loop, no key/value cache, and the head runs on the answer's positions only. Problems are padded on the
+    right, where causal attention does not look.
 
     Shared prefixes. Chains that begin alike share their hidden states, which are kept by prefix, under a byte budget.
 
@@ -461,8 +462,7 @@ class Verifier:
 
     Args:
       model: a Llama.
-      prompt, answer: lists of token ids, the prompt not empty.
-      stop: ids one of which must follow the answer; None where an answer is complete as it stands.
+      problems: list of (prompt, answer, stop), as for `Verifier`.
       cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; verdicts do not depend
         on it, but for rounding.
     Attributes:
@@ -470,36 +470,46 @@ class Verifier:
       steps_run: layer steps that were run.
     """
 
-    def __init__(self, model, prompt, answer, stop=None, cache_mb=1024):
+    def __init__(self, model, problems, cache_mb=1024):
         if cache_mb < 0:
             raise ValueError(f"cache_mb must be 0 or more, not {cache_mb}")
-        if not prompt:
+        if not all(prompt for prompt, _, _ in problems):
             raise ValueError("the prompt has no tokens; give it at least one")
-        self.model, self.stop, self.n_prompt, self.free = model, stop, len(prompt), cache_mb * 2 ** 20
-        tokens = torch.tensor([*prompt, *answer], device=model.lm_head.weight.device)
-        self.answer = tokens[len(prompt):]
+        self.model, self.problems, self.free = model, problems, cache_mb * 2 ** 20
+        longest, longest_answer = (max(map(len, ids)) for ids in
+                                   ([[*prompt, *answer] for prompt, answer, _ in problems], [a for _, a, _ in problems]))
+        device = model.lm_head.weight.device
+        tokens = torch.tensor([[*prompt, *answer] + [0] * (longest - len(prompt) - len(answer))
+                               for prompt, answer, _ in problems], device=device)
+        # The states from which the answer's tokens, and what follows them, are predicted.
+        first = torch.tensor([len(prompt) - 1 for prompt, _, _ in problems], device=device)
+        self.read = (first[:, None] + torch.arange(longest_answer + 1, device=device)).clamp(max=longest - 1)
         with torch.inference_mode():
-            self.embedded = model.embed_tokens(tokens)  # the state of the empty prefix: [T, hidden_size]
-        self.rope = model.rotary(0, len(tokens), self.embedded)
-        self.states = OrderedDict()  # {prefix: hidden states [T, hidden_size]}, the least recently used first
+            self.embedded = model.embed_tokens(tokens)  # the states of the empty prefix: [problems, T, hidden_size]
+        self.rope = model.rotary(0, longest, self.embedded)
+        self.states = OrderedDict()  # {prefix: its hidden states}, the least recently used first
         self.steps_asked = self.steps_run = 0
 
     @torch.inference_mode()
     def __call__(self, chains):
-        """A list of chains to a list of bool. Raises ValueError for a layer that the model does not have."""
+        """A list of chains to a list of lists of bool, [chains][problems].
+
+        Raises ValueError for a layer that the model does not have.
+        """
         if not chains:
             return []
         chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
         self.steps_asked += sum(map(len, chains))
         ends, ready, then = dict.fromkeys(chains), defaultdict(list), defaultdict(dict)
+        rows = torch.arange(len(self.problems), device=self.read.device)[:, None]
 
-        def advance(prefix, state):  # this prefix is done: what it allows to run next
+        def advance(prefix, states):  # this prefix is done: what it allows to run next
             if prefix in ends:
-                ends[prefix] = state[self.n_prompt - 1:].clone()
+                ends[prefix] = states[rows, self.read]
             for longer in then.pop(prefix, ()):
-                ready[longer[-1]].append((longer, state))
+                ready[longer[-1]].append((longer, states))
 
-        begun = {}  # the prefixes in reach, whose state is known
+        begun = {}  # the prefixes in reach, whose states are known
         for chain in ends:
             known = next(n for n in range(len(chain), -1, -1) if n == 0 or chain[:n] in self.states)
             begun[chain[:known]] = None
@@ -509,16 +519,17 @@ class Verifier:
             advance(prefix, self.recall(prefix))
         while ready:
             layer = min(ready)
-            prefixes, states = zip(*ready.pop(layer))
+            prefixes, batch = zip(*ready.pop(layer))
             self.steps_run += len(prefixes)
-            for prefix, state in zip(prefixes, self.model.layers[layer](torch.stack(states), self.rope)):
-                state = state.clone()  # or one kept state would keep its whole batch in memory
-                self.keep(prefix, state)
-                advance(prefix, state)
-        greedy = self.model.lm_head(self.model.norm(torch.stack([*ends.values()]))).argmax(-1)  # [chains, answer + 1]
-        right = (greedy[:, :-1] == self.answer).all(-1).tolist()
-        stopped = [self.stop is None or token in self.stop for token in greedy[:, -1].tolist()]
-        verdicts = {chain: r and s for chain, r, s in zip(ends, right, stopped)}
+            after = self.model.layers[layer](torch.cat(batch), self.rope).split(len(self.problems))
+            for prefix, states in zip(prefixes, after):
+                states = states.clone()  # or one kept prefix would keep its whole batch in memory
+                self.keep(prefix, states)
+                advance(prefix, states)
+        greedy = self.model.lm_head(self.model.norm(torch.stack([*ends.values()]))).argmax(-1).tolist()
+        verdicts = {chain: [ids[:len(answer)] == answer and (stop is None or ids[len(answer)] in stop)
+                            for ids, (_, answer, stop) in zip(of_chain, self.problems)]
+                    for chain, of_chain in zip(ends, greedy)}  # of_chain: [problems][answer + 1]
         return [verdicts[chain] for chain in chains]
 
     def recall(self, prefix):
@@ -527,8 +538,24 @@ class Verifier:
         self.states.move_to_end(prefix)
         return self.states[prefix]
 
-    def keep(self, prefix, state):
-        self.states[prefix] = state
-        self.free -= state.nbytes
+    def keep(self, prefix, states):
+        self.states[prefix] = states
+        self.free -= states.nbytes
         while self.free < 0:
             self.free += self.states.popitem(last=False)[1].nbytes
+
+
+class Verifier(BatchVerifier):
+    """The same for one problem: a list of chains to a list of bool.
+
+    Args:
+      prompt, answer: lists of token ids, the prompt not empty.
+      stop: ids one of which must follow the answer; None where an answer is complete as it stands.
+      model, cache_mb: see `BatchVerifier`.
+    """
+
+    def __init__(self, model, prompt, answer, stop=None, cache_mb=1024):
+        super().__init__(model, [(list(prompt), list(answer), stop)], cache_mb)
+
+    def __call__(self, chains):
+        return [right for right, in super().__call__(chains)]

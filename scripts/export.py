@@ -81,19 +81,26 @@ def copy_weights(file, out, chain):
     return old, new
 
 
+def new_folder(out):
+    """The folder to export to, made if need be. Raises ValueError unless it is new or empty."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} must be a new or an empty folder; remove it or give another")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
 def export(model, chain, out, revision=None, note=""):
     """Does what the command does; `note` is a sentence for the model card, such as how the chain was found.
 
     Raises ValueError or OSError with one line that says what to do.
     """
-    folder, out = cola.TINY if model == "tiny" else fetch(model, revision), Path(out)
+    folder = cola.TINY if model == "tiny" else fetch(model, revision)
     config, raw = Config.from_json(folder / "config.json"), read_json(folder / "config.json")
     layers, chain = config.num_hidden_layers, cola.parse_chain(chain, config.num_hidden_layers)
     if not chain:
         raise ValueError("other programs cannot run a model without layers; give --chain at least one")
-    if folder.resolve() in out.resolve().parents or out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} must be a new or an empty folder outside of {folder}; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    out = new_folder(out)
     places, before, here, size = {}, 0, 0, 0
     for file in tqdm(weight_files(folder), desc="export", unit="file", disable=None, leave=False):
         old, new = copy_weights(file, out, chain)
