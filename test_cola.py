@@ -1,5 +1,6 @@
 """Tests. `pytest` runs them all; those that compare with transformers are skipped where it is not installed."""
 import copy
+import gzip
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from hashlib import sha1
@@ -22,7 +24,7 @@ import cola
 import data
 import mcts
 from model import Config, KVCache, Llama, Verifier
-from scripts import common, compare_search
+from scripts import common, compare_search, report, study
 from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(2)
@@ -994,3 +996,232 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(name, capsys, tmp_path):
     says, arguments = BAD_INPUT[name]
     code, out, err = run_main(capsys, "--sample-id", 0, "--simulations", 5, *arguments(tmp_path))
     assert code == 2 and err.startswith("cola.py: ") and err.count("\n") == 1 and says in err
+
+
+# scripts/study.py, scripts/report.py, scripts/figures.py
+
+def run_study(out, *arguments):
+    study.main(study.parser().parse_args(["--out", str(out), "--simulations", "20", "--samples", "0:12", *arguments]))
+
+
+def lines_of(*files):
+    """All lines in order of appearance, without what differs from run to run."""
+    lines = [json.loads(text) for file in files for text in file.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "runs" / "a.jsonl"  # a folder that is not there yet
+    run_study(out)
+    return out
+
+
+def test_a_study_killed_and_resumed_equals_one_never_killed(never_killed, tmp_path):
+    out = tmp_path / "a.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "scripts.study", "--out", out, "--simulations", "20",
+                                "--samples", "0:2000"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    run_study(out)
+    assert lines_of(out)[:12] == lines_of(never_killed)
+
+
+def test_a_torn_last_line_is_dropped_with_a_notice(never_killed, tmp_path, capsys):
+    out, whole = tmp_path / "a.jsonl", never_killed.read_bytes()
+    out.write_bytes(whole[:-40])
+    run_study(out)
+    assert f"{out}: the last line was torn" in capsys.readouterr().err
+    assert lines_of(out) == lines_of(never_killed)
+
+
+def test_a_study_refuses_a_file_of_other_settings(never_killed):
+    before = never_killed.read_bytes()
+    with pytest.raises(ValueError, match="seed 0, now 1; give another --out$"):
+        run_study(never_killed, "--seed", "1")
+    with pytest.raises(ValueError, match="simulations 20, now 30.* decoy True, now False"):
+        run_study(never_killed, "--simulations", "30", "--no-decoy")
+    assert never_killed.read_bytes() == before
+
+
+def test_ranks_cover_every_sample_once_whatever_their_number(never_killed, tmp_path, monkeypatch):
+    out = tmp_path / "a.jsonl"
+    for ranks, begun in [(2, [0]), (3, [0, 1, 2])]:  # rank 1 of 2 never ran; three take over
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        for rank in begun:
+            monkeypatch.setenv("RANK", str(rank))
+            run_study(out)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["a.rank0.jsonl", "a.rank1.jsonl", "a.rank2.jsonl"]
+    assert [line["sample"] for line in lines_of(files[0])] == [0, 2, 4, 6, 8, 10, 3, 9]
+    lines = sorted(lines_of(*files), key=lambda line: line["sample"])
+    assert lines == lines_of(never_killed)
+    assert [len(lines) for lines in common.studies([out]).values()] == [12]
+
+
+def test_an_interrupted_study_says_what_is_done(tmp_path, capsys, monkeypatch):
+    search_sample, calls = study.study, itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return search_sample(*arguments)
+    monkeypatch.setattr(study, "study", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run_study(tmp_path / "a.jsonl")
+    assert capsys.readouterr().err == "study: 2 of 12 samples are done; the same command goes on\n"
+    assert len(lines_of(tmp_path / "a.jsonl")) == 2
+
+
+def test_the_lines_of_a_study_agree_with_the_model(never_killed, tiny):
+    problems = data.load("arithmetic")
+    for line in lines_of(never_killed):
+        sample, valid = cola.Sample(*tiny, problems[line["sample"]]), line["final_valid_transitions"]
+        assert sample.answer(range(12)) == (line["prediction"], bool(line["initial_score"]))
+        assert (line["best"] is None) == (not valid) and (line["decoy"] is None) == (line["initial_score"] == 1)
+        assert (list(range(12)) in valid) == (line["initial_score"] == 1)
+        assert len(valid + line["final_invalid_transitions"]) == 20
+        if valid:
+            assert len(line["best"]) == min(map(len, valid)) and all(sample.verify(valid))
+            assert line["best_prediction"] == line["gt_ans"] == sample.problem.answer
+
+
+def test_generation_has_the_last_word_in_a_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(Verifier, "__call__", lambda self, chains: [True] * len(chains))
+    run_study(tmp_path / "a.jsonl", "--samples", "0:5", "--reorder", "0")
+    for line in lines_of(tmp_path / "a.jsonl"):
+        full_right = list(range(12)) in line["final_valid_transitions"]
+        assert full_right == (line["prediction"] == line["gt_ans"]) == line["initial_score"]
+        assert line["best"] is None or line["best_prediction"] == line["gt_ans"]
+
+
+CHOICE = data.read_row({"question": "Hot?", "choices": {"text": ["ice", "fire", "sea", "fog"], "label": list("ABCD")},
+                        "answerKey": "B"}, "", 0)
+
+
+def test_a_decoy_is_wrong_not_the_prediction_and_of_as_many_tokens(tiny):
+    problems, drawn = data.load("arithmetic"), set()
+    for seed, problem in enumerate(problems[:60]):
+        decoy = study.decoy_answer(tiny[1], problem, problems, "-7", random.Random(seed))
+        lengths = [len(tiny[1].encode(replace(problem, answer=answer))[1]) for answer in (problem.answer, decoy)]
+        assert decoy not in (problem.answer, "-7") and lengths[0] == lengths[1]
+        assert any(other.answer == decoy and other.level == problem.level for other in problems)
+        drawn.add(decoy)
+    assert len(drawn) > 20
+    labels = {study.decoy_answer(tiny[1], CHOICE, [], "A", random.Random(seed)) for seed in range(40)}
+    assert labels == {"C", "D"}
+    alone = replace(problems[0], answer="one of a kind")
+    assert study.decoy_answer(tiny[1], alone, problems, "", random.Random(0)) is None
+
+
+def test_reordered_choices_keep_the_right_text():
+    others = study.elsewhere([CHOICE], 0, 3, random.Random(0))
+    assert len({other.texts for other in others}) == 3
+    for other in others:
+        assert other.choices == CHOICE.choices and sorted(other.texts) == sorted(CHOICE.texts)
+        assert other.answer != "B" and f"\n{other.answer}. fire" in other.question
+        assert other.question.startswith("Hot?\nA. ") and other.question.count("\n") == 4
+    two = replace(CHOICE, question="Hot?\nA. ice\nB. fire", choices=("A", "B"), texts=("ice", "fire"))
+    assert [other.question for other in study.elsewhere([two], 0, 3, random.Random(0))] == ["Hot?\nA. fire\nB. ice"]
+
+
+def test_a_free_answer_is_tried_on_the_next_problems_of_its_level():
+    problems = data.load("arithmetic")
+    assert study.elsewhere(problems, 1990, 3, None) == [problems[i] for i in (1995, 0, 5)]
+
+
+def a_line(sample, right, best, decoy=None, reorder=None, level=1):
+    """A line of a model of 4 layers; decoy: whether it was reached; reorder: of 3 others, how many each got right."""
+    return {"sample": sample, "id": f"x/{sample}", "level": level, "question": "Q", "gt_ans": "1",
+            "initial_score": float(right), "prediction": "1" if right else "2", "best": best,
+            "best_prediction": best and "1", "n_layers": 4,
+            "final_valid_transitions": [[0, 1, 2, 3]] * right + [best] * (best not in (None, [0, 1, 2, 3])),
+            "final_invalid_transitions": [[0], [0, 1, 2, 3]][:2 - right],
+            "decoy": None if decoy is None else {"answer": "3", "found": decoy, "depth": 2 if decoy else None},
+            "reorder": reorder and {"asked": 3, "right": reorder[0], "full_right": reorder[1]},
+            "settings": {"model": "org/m", "dataset": "math.jsonl", "seed": 0}, "seconds": 1.0}
+
+
+LINES = [a_line(0, True, [0, 3], reorder=(1, 3)), a_line(1, True, [0, 1, 2, 3], reorder=(2, 2)),
+         a_line(2, True, [0, 1], reorder=(0, 2)), a_line(3, False, [0, 1, 1, 2, 3], decoy=False, reorder=(1, 0)),
+         a_line(4, False, [2, 1], decoy=True, reorder=(3, 1), level=2), a_line(5, False, None, decoy=True, level=2),
+         a_line(6, False, None, decoy=False, level=None), a_line(7, False, [0, 1, 2], level=None)]
+
+
+def write_lines(file, lines):
+    with (gzip.open if file.suffix == ".gz" else open)(file, "wt") as out:
+        out.writelines(json.dumps(line) + "\n" for line in lines)
+    return file
+
+
+def test_the_report_equals_figures_worked_out_by_hand(tmp_path, capsys):
+    other = [line | {"settings": line["settings"] | {"seed": 1}} for line in LINES[:2]]
+    files = [write_lines(tmp_path / "a.jsonl.gz", LINES[:5]), write_lines(tmp_path / "b.jsonl", LINES[3:] + other)]
+    report.main(report.parser().parse_args(list(map(str, files))))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["", "org/m, math, seed 0", "org/m, math, seed 1", "total", "paper"]
+    assert {len(row) for row in rows} == {5}
+    column = {row[0]: row[1] for row in rows}
+    shares = {"accuracy, full model": "3 of 8", "accuracy with CoLa": "6 of 8",
+              "finding 1: right samples with a shorter chain": "2 of 3", "finding 2: wrong samples corrected": "3 of 5",
+              "their decoys reached": "2 of 4", "best chains that skip": "2 of 6", "best chains that loop": "1 of 6",
+              "best chains that stop early": "3 of 6", "elsewhere, right samples: best chain": "3 of 9",
+              "elsewhere, right samples: full model": "7 of 9", "elsewhere, corrected samples: best chain": "4 of 6",
+              "elsewhere, corrected samples: full model": "1 of 6"}
+    for label, counts in shares.items():
+        hits, total = map(int, counts.split(" of "))
+        low, high = common.wilson(hits, total)
+        assert column[label] == f"{hits / total:.1%} ({low:.0%}-{high:.0%}), {counts}"
+    assert column["samples"] == "8"
+    assert column["their layers saved, in %"].startswith("33.33 ± ")  # (50 + 0 + 50) / 3
+    assert column["lift"].startswith("+0.0 points (")  # of the four with a decoy, two were corrected, two misled
+    assert column["depth, right samples"].startswith("2.67 ± ")
+    assert column["depth, corrected samples"].startswith("3.33 ± ")  # (5 + 2 + 3) / 3
+    assert re.fullmatch(r"3.25 ± [\d.]+ of 4", column["depth, all samples"])  # (2 + 4 + 2 + 5 + 2 + 4 + 4 + 3) / 8
+    assert [row[0] for row in rows[2:] if row[4]] == [*report.CLAIMS]
+
+
+def test_the_lift_of_pairs_is_that_of_the_textbooks():
+    """Fagerland, Lydersen & Laake 2017, section 8.6: airway hyper-responsiveness, -0.286 (-0.507 to -0.026)."""
+    pairs = [(True, True)] + [(True, False)] + [(False, True)] * 7 + [(False, False)] * 12
+    assert common.lift(pairs) == "-28.6 points (-51 to -3)"
+    assert common.lift([]) == "-"
+
+
+def test_lines_that_no_study_wrote_are_refused(tmp_path):
+    torn = write_lines(tmp_path / "torn.jsonl", LINES)
+    torn.write_bytes(torn.read_bytes()[:-1])
+    assert len(common.read_lines(torn)) == 7
+    for name, content in [("a.jsonl", b'{"sample": 0}\n'), ("b.jsonl", b"[]\n"), ("c.jsonl", b"\xff\n"),
+                          ("d.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9])]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            common.read_lines(tmp_path / name)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="empty.jsonl: no lines"):
+        common.studies([tmp_path / "empty.jsonl"])
+    with pytest.raises(OSError, match="missing.jsonl"):
+        common.studies([tmp_path / "missing.jsonl"])
+
+
+def test_the_report_writes_the_folders_of_polar(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", LINES)
+    report.main(report.parser().parse_args([str(file), "--polar", str(tmp_path / "data")]))
+    read = {path.parent.relative_to(tmp_path / "data").as_posix(): json.loads(path.read_text())["samples"]
+            for path in tmp_path.glob("data/**/merged_mcts_samples.json")}
+    assert {name: len(samples) for name, samples in read.items()} == {
+        "org/m/dart-math-diff-1": 4, "org/m/dart-math-diff-2": 2, "org/m/math": 2}
+    assert read["org/m/dart-math-diff-1"][3] == {
+        "id": "x/3", "question": "Q", "gt_ans": "1", "initial_score": 0.0,
+        "final_valid_transitions": [[0, 1, 1, 2, 3]], "final_invalid_transitions": [[0], [0, 1, 2, 3]]}
+
+
+def test_figures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from scripts import figures
+    alone = [line | {"settings": {"model": "m", "dataset": "d"}} for line in LINES[5:6]]  # nothing found at all
+    file = write_lines(tmp_path / "a.jsonl", LINES + alone)
+    figures.main(figures.parser().parse_args([str(file), "--out", str(tmp_path / "out")]))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"layer_use.png", "depths.png", "tradeoff.png"}
