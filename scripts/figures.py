@@ -12,17 +12,20 @@ tradeoff: what accuracy a mean depth allows to one who knows for each sample whi
 """
 import argparse
 import math
+import sys
 from collections import Counter
 from itertools import cycle
 from pathlib import Path
 
 import cola
-import matplotlib
-from matplotlib import pyplot
-from matplotlib.colors import PowerNorm
-from matplotlib.ticker import MaxNLocator
-
 from scripts import common
+
+try:
+    from matplotlib import pyplot
+    from matplotlib.colors import PowerNorm
+except ImportError:
+    print("figures: matplotlib is missing; pip install -r scripts/requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 WIDTH, DPI = 9, 100  # inches, and dots an inch: 900 dots, about what a README shows without scaling
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#bbbbbb"
@@ -54,8 +57,7 @@ def layer_use(studies):
             image = panel.imshow(shares, norm=PowerNorm(0.5, 0, 1), cmap="Blues", origin="lower", aspect="auto",
                                  interpolation="nearest")  # the norm: most shares are small
             panel.plot([0, n_layers - 1], [0, n_layers - 1], "--", color=ORANGE, linewidth=1)
-            for axis in (panel.xaxis, panel.yaxis):
-                axis.set_major_locator(MaxNLocator(6, integer=True))
+            panel.locator_params(nbins=6, integer=True)
             panel.set_title(title.replace(", ", "\n") + f"\n{len(chains)} samples {kind}")
     figure.supxlabel("position in the chain")
     figure.supylabel("layer")
@@ -80,7 +82,7 @@ def depths(studies):
         panel.hist(found, bins=[depth - 0.5 for depth in range(max(map(max, filter(None, found))) + 2)], stacked=True,
                    color=[*kinds.values()], label=[*kinds], rwidth=0.85)
         panel.axvline(full, linestyle="--", color="black", linewidth=1, label="full model", zorder=0)
-        panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        panel.locator_params("y", nbins=4, integer=True)
         panel.set(title=name.replace(", ", "\n"), xlabel="depth")
     for panel in panels.flat[len(groups):]:
         panel.set_axis_off()
@@ -106,8 +108,7 @@ def tradeoff(studies):
             panel.plot(*curve[penalty], "o", color=color, markersize=4)
             panel.annotate(penalty, curve[penalty], (5, -8), textcoords="offset points", color=color)
         of_full = 100, 100 * sum(line["initial_score"] for line in lines) / len(lines)
-        panel.plot(*zip(curve[0.5], of_full), ":", color=color, linewidth=1)
-        panel.plot(*of_full, "s", color=color)
+        panel.plot(*zip(curve[0.5], of_full), "s:", color=color, linewidth=1, markevery=[1])
     panel.set(xlabel="mean depth, % of the layers", ylabel="accuracy, %", xlim=(0, None), ylim=(0, 103))
     panel.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
@@ -126,5 +127,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    matplotlib.use("Agg")  # draw to files, with no screen
     cola.exit_on_error("figures", main, parser().parse_args())
