@@ -23,8 +23,8 @@ import torch
 import cola
 import data
 import mcts
-from model import Config, KVCache, Llama, Verifier
-from scripts import common, compare_search, report, study
+from model import BatchVerifier, Config, KVCache, Llama, Verifier
+from scripts import common, compare_search, export, fit, report, study, transfer
 from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(2)
@@ -652,8 +652,6 @@ def test_hub_models_and_datasets(tmp_path):
 
 # scripts/export.py
 
-from scripts import export
-
 ODD = (0, 1, 3, 3, 2, 4, 4)  # of 5 layers: a skip, two loops and a jump back
 
 
@@ -756,7 +754,8 @@ def test_windows_of_single_layers_move_in_transformers(family, older, tmp_path, 
 
 @pytest.mark.parametrize("says, arguments", [
     ("malformed", ["--chain", "0-"]), ("layers 0 to 11", ["--chain", "0-12"]), ("at least one", ["--chain", ""]),
-    ("--out", ["--out", "full"]), ("--out", ["--out", "full/file"]), ("--out", ["--model", "old", "--out", "old/new"]),
+    ("empty folder", ["--out", "full"]), ("empty folder", ["--out", "full/file"]),
+    ("--out", ["--model", "old", "--out", "old/new"]),
     ("missing", ["--model", "nowhere"]), ("whole", ["--model", "broken"]), ("lacks", ["--model", "lacking"])])
 def test_what_cannot_be_exported_ends_in_one_line(says, arguments, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -1186,7 +1185,7 @@ def test_the_report_equals_figures_worked_out_by_hand(tmp_path, capsys):
 
 
 def test_the_lift_of_pairs_is_that_of_the_textbooks():
-    """Fagerland, Lydersen & Laake 2017, section 8.6: airway hyper-responsiveness, -0.286 (-0.507 to -0.026)."""
+    """Fagerland, Lydersen & Laake 2017: airway hyper-responsiveness, -0.286 (-0.507 to -0.026)."""
     pairs = [(True, True)] + [(True, False)] + [(False, True)] * 7 + [(False, False)] * 12
     assert common.lift(pairs) == "-28.6 points (-51 to -3)"
     assert common.lift([]) == "-"
@@ -1227,3 +1226,85 @@ def test_figures_are_drawn(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", LINES + alone)
     figures.main(figures.parser().parse_args([str(file), "--out", str(tmp_path / "out")]))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"layer_use.png", "depths.png", "tradeoff.png"}
+
+
+# scripts/fit.py and scripts/transfer.py
+
+def test_a_batch_of_problems_gets_the_verdicts_of_each_alone(tiny):
+    """Prompts and answers of several lengths, some complete as they stand, for full, skipped and looped chains."""
+    model, tokenizer = tiny
+    problems = data.load("arithmetic")[:20]
+    samples = [cola.Sample(model, tokenizer, problem) for problem in problems]
+    asked = [(sample.prompt, sample.target[:1 + i % 3], sample.stop if i % 2 else None)
+             for i, sample in enumerate(samples)]
+    rng = random.Random(0)
+    chains = [tuple(range(12)), (), *(random_chain(rng, 12) for _ in range(40))]
+    alone = [Verifier(model, *problem)(chains) for problem in asked]
+    verdicts = BatchVerifier(model, asked)(chains)
+    assert verdicts == [[of_problem[i] for of_problem in alone] for i in range(len(chains))]
+    assert 100 < sum(map(sum, verdicts)) < 700 and len({len(prompt) for prompt, _, _ in asked}) > 3
+
+
+class Answers:
+    """Stands in for a BatchVerifier: chain (n, ...) answers the first n problems right."""
+
+    def __init__(self, first, size):
+        self.problems, self.runs = range(first, first + size), []
+
+    def __call__(self, chains):
+        self.runs += chains
+        return [[problem < chain[0] for problem in self.problems] for chain in chains]
+
+
+def test_a_chain_that_falls_behind_is_given_up_and_the_others_run_on_all_samples():
+    parts = [Answers(first, 16) for first in range(0, 64, 16)]
+    score = fit.Score(parts, layer_price=0)
+    assert score([(40,)]) == [40 / 64] and score.best == (40,)
+    assert score([(0,), (38,), (48,)]) == [0, 38 / 64, 48 / 64] and score.best == (48,)
+    assert parts[0].runs == [(40,), (0,), (38,), (48,)]
+    assert parts[1].runs == parts[3].runs == [(40,), (38,), (48,)]
+    assert len(score.verdicts[0,]) == 16 and score.front() == [(48,)]
+
+
+@pytest.mark.parametrize("price, best", [(0, (50, 0, 0)), (0.1, (40,))])
+def test_the_price_of_a_layer_moves_between_accurate_and_shallow_chains(price, best):
+    score = fit.Score([Answers(0, 64)], price)
+    score([(40,), (40, 0), (38,), (50, 0, 0)])
+    assert score.best == score.front()[0] == best and {*score.front()} == {(40,), (50, 0, 0)}
+
+
+def test_a_fitted_chain_is_tested_on_samples_it_never_saw(tiny, tmp_path, capsys):
+    """The figures of the table are made again one sample at a time, and the exported chain reads back."""
+    fit.main(fit.parser().parse_args(["--dataset", "arithmetic-5", "--fit", "0:40", "--test", "40:90", "--simulations",
+                                      "60", "--export", str(tmp_path / "new")]))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
+    samples = [cola.Sample(*tiny, problem) for problem in data.load("arithmetic-5")[:90]]
+    for label, depth, of_fit, of_test, _ in rows[:3]:
+        chain = cola.parse_chain(label.split()[1], 12)
+        right = [sample.verify([chain])[0] for sample in samples]
+        assert [len(chain), f"{sum(right[:40]) / 40:.1%}", common.share(right[40:])] == [int(depth), of_fit, of_test]
+    assert Config.from_json(tmp_path / "new" / "config.json").num_hidden_layers == int(rows[1][1])
+
+
+def test_fit_and_test_samples_are_kept_apart():
+    with pytest.raises(ValueError, match="keep them apart"):
+        fit.main(fit.parser().parse_args(["--fit", "0:40", "--test", "39:90"]))
+
+
+def test_transfer_counts_what_the_chains_answer_elsewhere(tiny, tmp_path, capsys):
+    """Every cell is made again one chain and one sample at a time; no chain is tried on its own sample."""
+    out = tmp_path / "study.jsonl"
+    study.main(study.parser().parse_args([f"--out={out}", "--samples=0:10", "--simulations=20", "--no-decoy"]))
+    transfer.main(transfer.parser().parse_args([str(out)]))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    samples = [cola.Sample(*tiny, problem) for problem in data.load("arithmetic")[:10]]
+    for level, row in enumerate(rows[:5], 1):
+        chains = [(line["sample"], line["best"]) for line in lines if line["level"] == level and line["best"]]
+        for other, cell in enumerate(row[1:], 1):
+            asked = [[samples[i] for i in range(10) if samples[i].problem.level == other and i != own]
+                     for own, _ in chains]
+            shares = [100 * sum(sample.verify([chain])[0] for sample in group) / len(group)
+                      for (_, chain), group in zip(chains, asked)]
+            assert cell == (common.mean(shares) if len(shares) > 1 else f"{shares[0]:.1f}" if shares else "-")
+    assert rows[5][0] == "full model" and rows[5][1] == "100.0"

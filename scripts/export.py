@@ -100,6 +100,8 @@ def export(model, chain, out, revision=None, note=""):
     layers, chain = config.num_hidden_layers, cola.parse_chain(chain, config.num_hidden_layers)
     if not chain:
         raise ValueError("other programs cannot run a model without layers; give --chain at least one")
+    if folder.resolve() in Path(out).resolve().parents:
+        raise ValueError(f"{out} lies in {folder}, which is to stay as it is; give another --out")
     out = new_folder(out)
     places, before, here, size = {}, 0, 0, 0
     for file in tqdm(weight_files(folder), desc="export", unit="file", disable=None, leave=False):

@@ -116,7 +116,7 @@ def main(args):
     print(f"{args.model}, {args.dataset}, {args.shots} shots, fit {args.fit}, test {args.test}, depth penalty "
           f"{args.depth_penalty}: {len(score.verdicts)} chains in {seconds:.0f} s, {on_all} of them on all samples\n")
     print("| chain | depth | right of fit | right of test | against the full chain |\n|---|---:|---:|---:|---:|")
-    for label, chain in zip(["full", "**fitted**", *["front"] * ROWS], chains):
+    for label, chain in zip(["full", "fitted", *["front"] * ROWS], chains):
         print(f"| {label} {cola.format_chain(chain)} | {len(chain)} | {score.share(chain):.1%} "
               f"| {common.share(right[chain])} | {common.lift([*zip(right[chain], right[full])])} |")
     if args.export:

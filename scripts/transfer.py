@@ -1,0 +1,67 @@
+"""How often a sample's best chain answers the other samples right: the step from a chain a sample to a chain a task.
+
+    python -m scripts.transfer results/study_tiny.jsonl.gz
+    python -m scripts.transfer runs/arc.jsonl --model path/to/checkpoint --dataset path/to/arc_easy.jsonl
+
+A row holds the best chains of one level's samples, a column the samples of one level, a cell the share in % of these
+that such a chain answers right: its mean over the chains, with the 95 % interval. No chain is tried on its own sample.
+The last row is the full model. Model and dataset are those of the study, unless given.
+"""
+from pathlib import Path
+
+import cola  # before torch, as it silences a warning
+from tqdm import tqdm
+
+import data
+from scripts import common
+from scripts.fit import verifiers
+
+CHAINS = 64  # that run as one batch
+
+
+def parser():
+    p = common.parser("transfer", __doc__)
+    p.add_argument("file", type=Path, metavar="FILE", help="what scripts.study wrote, .jsonl or .jsonl.gz")
+    p.set_defaults(model=None, dataset=None)
+    return p
+
+
+def main(args):
+    for title, lines in common.studies([args.file]).items():
+        settings = lines[0]["settings"]
+        for name in ("revision", "shots", "split"):
+            setattr(args, name, settings[name])
+        args.model, args.dataset = args.model or settings["model"], args.dataset or settings["dataset"]
+        args.no_chat = not settings["chat"]
+        model, tokenizer = cola.load_checkpoint(args)
+        problems = data.load(args.dataset, args.shots, args.split)
+        found = [line for line in lines if line["best"] is not None]
+        chains = [*{tuple(line["best"]): None for line in found} | {tuple(range(len(model.layers))): None}]
+        right = {chain: [] for chain in chains}  # {chain: verdict on the sample of each line}
+        parts = verifiers(model, tokenizer, [problems[line["sample"]] for line in lines], args.cache_mb)
+        for part in tqdm(parts, desc=title, unit="part", disable=None, leave=False):
+            for i in range(0, len(chains), CHAINS):
+                for chain, verdicts in zip(chains[i:], part(chains[i:i + CHAINS])):
+                    right[chain] += verdicts
+
+        levels = sorted({str(line["level"]) for line in lines})
+        print(f"{title}\n\n| chains | {' | '.join(f'level {level}' for level in levels)} |")
+        print("|---|" + "---:|" * len(levels))
+        for level in [*levels, "full"]:
+            tried = [(line["sample"], right[tuple(line["best"])]) for line in found if str(line["level"]) == level]
+            if level == "full":
+                tried = [(None, right[tuple(range(len(model.layers)))])]
+            cells = []
+            for other in levels:
+                shares = []
+                for sample, verdicts in tried:
+                    flags = [flag for line, flag in zip(lines, verdicts)
+                             if str(line["level"]) == other and line["sample"] != sample]
+                    shares.append(100 * sum(flags) / max(1, len(flags)))
+                cells.append(common.mean(shares) if len(shares) > 1 else f"{shares[0]:.1f}" if shares else "-")
+            label = "full model" if level == "full" else f"of level {level}, {len(tried)} chains"
+            print(f"| {label} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    cola.exit_on_error("transfer", main, parser().parse_args())
