@@ -9,9 +9,8 @@
   (d) a whole search, `mcts.search` on one `Verifier`: the time of both, divided by the chains evaluated
 
 (d) comes first; (a), (b) and (c) then run a random subset of its chains, and the verdicts are compared. The empty chain
-counts in none of the four, for transformers cannot cache it. Arguments not listed here go to cola.py, such as --device.
+counts in none of the four, for transformers cannot cache it.
 """
-import argparse
 import copy
 import random
 import time
@@ -26,6 +25,7 @@ from tqdm import tqdm
 import data
 import mcts
 from model import Verifier, fetch
+from scripts import common
 
 try:
     import transformers
@@ -94,10 +94,9 @@ def ideal_seconds(model, length, calls):
     return work / (2 * len(x) * w.numel()) * timer.blocked_autorange(min_run_time=0.5).median
 
 
-def bench(sample, reference, args, simulations, subset, bar, total):
+def bench(sample, reference, args, bar, total):
     """Measures one sample and adds to the case's `total`; returns a line for each chain whose verdicts differ."""
     model, verify = sample.model, sample.verify
-    options = args.seed, args.depth_penalty, args.exploration, args.max_skip, args.max_loop, args.batch
     calls = []  # (layer, batch)
 
     def score(chains):
@@ -108,11 +107,11 @@ def bench(sample, reference, args, simulations, subset, bar, total):
         return verdicts
 
     warm_up = Verifier(model, sample.prompt, sample.target, sample.stop)
-    mcts.search(warm_up, len(model.layers), 1 + args.batch, *options)
+    mcts.search(warm_up, len(model.layers), 1 + args.batch, batch=args.batch)
     hooks = [layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, len(inputs[0]))))
              for layer in model.layers]
     start = time.perf_counter()
-    verdicts = {"d": mcts.search(score, len(model.layers), simulations, *options).evaluated}
+    verdicts = {"d": cola.search(args, score, len(model.layers), args.seed).evaluated}
     total["d"] += time.perf_counter() - start
     for hook in hooks:
         hook.remove()
@@ -121,7 +120,7 @@ def bench(sample, reference, args, simulations, subset, bar, total):
     total.update(chains=len(chains), right=right, tokens=length, run=verify.steps_run, asked=verify.steps_asked,
                  calls=len(calls), ideal=ideal)
 
-    chains = random.Random(args.seed).sample(chains, min(subset, len(chains)))
+    chains = random.Random(args.seed).sample(chains, min(args.subset, len(chains)))
     for way, evaluate in one_by_one(sample, reference).items():
         evaluate(chains[0])  # warm up
         start = time.perf_counter()
@@ -146,21 +145,21 @@ def row(label, total):
     return f"| {' | '.join(cells)} |"
 
 
-def main(args, rest):
+def main(args):
     lines, unlike = [], []
-    for name in args.model:
-        own = cola.parser().parse_args(["--sample-id=0", f"--model={name}", "--no-chat", *rest])
-        model, tokenizer = cola.load_checkpoint(own)
+    for name in args.models:
+        args.model = name
+        model, tokenizer = cola.load_checkpoint(args)
         weight = model.lm_head.weight
-        folder = cola.TINY if name == "tiny" else fetch(name, own.revision)
+        folder = cola.TINY if name == "tiny" else fetch(name, args.revision)
         reference = transformers and load_reference(folder, weight)
         for dataset, shots in [("arithmetic", 0)] if name == "tiny" else [(args.arc, 0), ("arithmetic-1", 2)]:
             label, problems = f"{Path(name).name}, {Path(dataset).stem}, {shots} shots", data.load(dataset, shots)
             total, todo = Counter(), len(SAMPLES) * (args.simulations + (3 if reference else 2) * args.subset)
             with tqdm(total=todo, desc=label, unit="chain") as bar:
                 for i in SAMPLES:
-                    sample = cola.Sample(model, tokenizer, problems[i], own.cache_mb)
-                    unlike += bench(sample, reference, own, args.simulations, args.subset, bar, total)
+                    sample = cola.Sample(model, tokenizer, problems[i], args.cache_mb)
+                    unlike += bench(sample, reference, args, bar, total)
             lines.append(row(label, total))
 
     print(f"torch {torch.__version__}, threads: {torch.get_num_threads()}, {weight.device}, {weight.dtype};",
@@ -171,12 +170,16 @@ def main(args, rest):
     print("|---|" + "---:|" * 12, *lines, *(["", *unlike] if unlike else []), sep="\n")
 
 
+def parser():
+    p = common.parser("bench", __doc__)
+    p.set_defaults(no_chat=True)
+    bench = p.add_argument_group("bench")
+    bench.add_argument("--model", dest="models", action="append", default=["tiny"], metavar="NAME",
+                       help="a checkpoint besides tiny")
+    bench.add_argument("--arc", default="arc-easy", metavar="NAME", help="ARC for it, or a file (default: arc-easy)")
+    bench.add_argument("--subset", type=int, default=32, metavar="N", help="chains of (a), (b), (c) (default: 32)")
+    return p
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", default=["tiny"], metavar="NAME", help="a checkpoint besides tiny")
-    parser.add_argument("--arc", default="arc-easy", metavar="NAME", help="ARC for it, or a file (default: arc-easy)")
-    parser.add_argument("--simulations", type=int, default=200, metavar="N",
-                        help="chains that (d) evaluates for a sample (default: 200)")
-    parser.add_argument("--subset", type=int, default=32, metavar="N", help="chains of (a), (b), (c) (default: 32)")
-    cola.exit_on_error("bench", main, *parser.parse_known_args())
+    cola.exit_on_error("bench", main, parser().parse_args())
