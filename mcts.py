@@ -96,15 +96,19 @@ class Search:
         self.leave, self.policies = min(0.5, probability), {}
         self.log_stay = math.log(1 - self.leave)
 
+    def window(self, last):
+        """The layers that may be appended after the layer `last` (-1 before the first)."""
+        return range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
+
     def policy(self, last, position):
-        """The default policy after the layer `last` (-1 before the first), come to a position of the best chain.
+        """The default policy after the layer `last`, come to a position of the best chain.
 
         Returns {action: probability}, the likeliest first; {action: the position it leads to}; and, for when the best
         chain is left, a list of (action, position) and their cumulative probabilities.
         """
         stop, ahead = self.n_layers, self.best[position:]
         follow = ahead[0] if ahead else stop
-        window = range(max(0, last + 1 - self.max_loop), min(stop, last + 2 + self.max_skip))
+        window = self.window(last)
         loops = {layer: 1 / (follow - layer) for layer in window if layer < follow}
         skips = {layer: (1 if layer in ahead else ELSEWHERE) / (layer - follow) for layer in window if layer > follow}
         exits = {stop: 1} if follow < stop else {}

@@ -117,8 +117,9 @@ def main(args):
           f"{args.depth_penalty}: {len(score.verdicts)} chains in {seconds:.0f} s, {on_all} of them on all samples\n")
     print("| chain | depth | right of fit | right of test | against the full chain |\n|---|---:|---:|---:|---:|")
     for label, chain in zip(["full", "fitted", *["front"] * ROWS], chains):
+        gain = "-" if chain == full else common.lift([*zip(right[chain], right[full])])
         print(f"| {label} {cola.format_chain(chain)} | {len(chain)} | {score.share(chain):.1%} "
-              f"| {common.share(right[chain])} | {common.lift([*zip(right[chain], right[full])])} |")
+              f"| {common.share(right[chain])} | {gain} |")
     if args.export:
         export(args.model, cola.format_chain(front[0]), args.export, args.revision,
                f"It was fitted on {len(fit)} samples of {args.dataset}; on {len(test)} others it gets "

@@ -105,7 +105,7 @@ def settings_of(args, model, tokenizer):
         "max_skip", "max_loop", "batch", "seed", "reorder")}
     for name in ("model", "dataset"):
         if Path(settings[name]).exists():
-            settings[name] = Path(settings[name]).resolve().name
+            settings[name] = Path(settings[name]).absolute().name
     return settings | {"decoy": not args.no_decoy, "chat": tokenizer.chat,
                        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
 
