@@ -1273,12 +1273,13 @@ def test_the_price_of_a_layer_moves_between_accurate_and_shallow_chains(price, b
     assert score.best == score.front()[0] == best and {*score.front()} == {(40,), (50, 0, 0)}
 
 
-def test_a_fitted_chain_is_tested_on_samples_it_never_saw(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("level", [1, 5])  # of which the first needs no other chain than the full one
+def test_a_fitted_chain_is_tested_on_samples_it_never_saw(level, tiny, tmp_path, capsys):
     """The figures of the table are made again one sample at a time, and the exported chain reads back."""
-    fit.main(fit.parser().parse_args(["--dataset", "arithmetic-5", "--fit", "0:40", "--test", "40:90", "--simulations",
-                                      "60", "--export", str(tmp_path / "new")]))
+    fit.main(fit.parser().parse_args(["--dataset", f"arithmetic-{level}", "--fit", "0:40", "--test", "40:90",
+                                      "--simulations", "60", "--export", str(tmp_path / "new")]))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
-    samples = [cola.Sample(*tiny, problem) for problem in data.load("arithmetic-5")[:90]]
+    samples = [cola.Sample(*tiny, problem) for problem in data.load(f"arithmetic-{level}")[:90]]
     for label, depth, of_fit, of_test, _ in rows[:3]:
         chain = cola.parse_chain(label.split()[1], 12)
         right = [sample.verify([chain])[0] for sample in samples]
@@ -1308,3 +1309,21 @@ def test_transfer_counts_what_the_chains_answer_elsewhere(tiny, tmp_path, capsys
                       for (_, chain), group in zip(chains, asked)]
             assert cell == (common.mean(shares) if len(shares) > 1 else f"{shares[0]:.1f}" if shares else "-")
     assert rows[5][0] == "full model" and rows[5][1] == "100.0"
+
+
+# README.md
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_that_the_readme_quotes_is_the_code():
+    tour = README.split("## The code in five minutes")[1].split("\n## ")[0]
+    quoted, source = re.findall(r"```python\n(.*?)```", tour, re.S), (ROOT / "model.py").read_text() + (
+        ROOT / "mcts.py").read_text()
+    assert len(quoted) >= 4 and all(code in source for code in quoted)
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README.split("## Fork it")[-1], re.S))
+def test_what_the_readme_tells_forks_to_do_works(code):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr

@@ -107,16 +107,17 @@ def main(args):
             return shares
         cola.search(args, count, n_layers, args.seed)
     seconds, front = time.perf_counter() - start, score.front()
-    chains, right = [full, *front[:ROWS]], {}
+    rows = [("full", full), ("fitted", front[0]), *(("front", chain) for chain in front[1:ROWS])]
+    right = {chain: [] for _, chain in rows}
     for part in tqdm(verifiers(model, tokenizer, problems[test.start:test.stop], args.cache_mb), desc="test",
                      unit="part", disable=None, leave=False):
-        for chain, verdicts in zip(chains, part(chains)):
-            right.setdefault(chain, []).extend(verdicts)
+        for chain, verdicts in zip(right, part([*right])):
+            right[chain] += verdicts
     on_all = sum(len(verdicts) == len(fit) for verdicts in score.verdicts.values())
     print(f"{args.model}, {args.dataset}, {args.shots} shots, fit {args.fit}, test {args.test}, depth penalty "
           f"{args.depth_penalty}: {len(score.verdicts)} chains in {seconds:.0f} s, {on_all} of them on all samples\n")
     print("| chain | depth | right of fit | right of test | against the full chain |\n|---|---:|---:|---:|---:|")
-    for label, chain in zip(["full", "fitted", *["front"] * ROWS], chains):
+    for label, chain in rows:
         gain = "-" if chain == full else common.lift([*zip(right[chain], right[full])])
         print(f"| {label} {cola.format_chain(chain)} | {len(chain)} | {score.share(chain):.1%} "
               f"| {common.share(right[chain])} | {gain} |")
