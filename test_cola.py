@@ -1,6 +1,7 @@
 """Tests. `pytest` runs them all; those that compare with transformers are skipped where it is not installed."""
 import copy
 import gzip
+import inspect
 import itertools
 import json
 import os
@@ -120,6 +121,18 @@ def test_generate_ends_before_a_stop_token_and_at_the_last_position():
     assert model.generate([1, 2, 3], max_new_tokens=100, stop=stop) == free[:free.index(free[4])]
 
 
+def test_what_a_model_cannot_run_is_refused():
+    model = random_model(max_position_embeddings=12)
+    for tokens, chain, says in [([1], [0, -1], "layer -1"), ([1], [0, 5], "layer 5"), ([], [0], "no tokens"),
+                                ([1] * 13, [0], "12 positions")]:
+        with pytest.raises(ValueError, match=says):
+            model.generate(tokens, chain)
+    with pytest.raises(ValueError, match="layer 5"):
+        Verifier(model, [1], [2])([(0, 5)])
+    with pytest.raises(ValueError, match="no tokens"):
+        Verifier(model, [], [2])
+
+
 def test_a_verdict_is_generate_and_exact_match(tiny):
     model, tokenizer = tiny
     rng, verdicts = random.Random(0), Counter()
@@ -156,7 +169,7 @@ def test_verdicts_do_not_depend_on_company_or_cache(cache_mb):
         chains = [random_chain(rng, 5) for _ in range(12)] + [tuple(chain) for chain in chains_of(5)] + [(0, 1, 3)]
         verdicts = verify(chains)
         assert verdicts == [model.generate([1, 2, 3, 4], chain, 2) == answer for chain in chains]
-        assert sum(state.nbytes for state in verify.states.values()) <= cache_mb * 2**20
+        assert sum(state.untyped_storage().nbytes() for state in verify.states.values()) <= cache_mb * 2**20
         right += sum(verdicts)
     assert right > 20
 
@@ -172,6 +185,23 @@ def test_every_prefix_is_run_once():
         assert (verify.steps_run, verify.steps_asked) == (len(prefixes), asked)
 
 
+def test_the_lowest_pending_layer_runs_first_and_as_one_batch():
+    """The example of BatchVerifier's docstring."""
+    model, batches = random_model(4), []
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda _, inputs, i=i: batches.append((i, len(inputs[0]))))
+    Verifier(model, [1], [2])([(0, 1, 2, 3), (0, 2, 3), (0, 1, 1, 2)])
+    assert batches == [(0, 1), (1, 1), (1, 1), (2, 3), (3, 2)]
+
+
+def test_the_states_used_last_are_kept():
+    state = 4 * 32 * 4  # bytes: 4 tokens of size 32 in float32
+    verify = Verifier(random_model(), [1, 2, 3], [4], cache_mb=3 * state / 2**20)
+    for layer in (0, 1, 2, 0, 3):
+        verify([(layer,)])
+    assert list(verify.states) == [(2,), (0,), (3,)] and verify.steps_run == 4
+
+
 def test_a_model_can_train_after_it_was_used():
     model = random_model()
     model.generate([1, 2, 3], max_new_tokens=3)
@@ -184,6 +214,22 @@ def test_dtype_and_device_are_what_was_asked_for():
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
     assert {weight.dtype for weight in Llama.from_pretrained(cola.TINY, "cpu").parameters()} == {torch.float32}
+
+
+def test_checkpoints_may_hold_frequencies_and_a_head_although_it_is_tied(tiny, tmp_path):
+    tensors, tokens = tiny_tensors(), torch.randint(284, (2, 9))
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
+            "lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}
+    model = Llama.from_pretrained(write_checkpoint(tmp_path / "model", tensors | more), "cpu")
+    assert torch.equal(model(tokens), 2 * tiny[0](tokens))
+
+
+def test_positions_end_where_the_window_does(tmp_path):
+    for i, (config, positions) in enumerate([
+            ({"sliding_window": 80}, 80), ({"sliding_window": 80, "use_sliding_window": False}, 512),
+            ({"sliding_window": None}, 512), ({"max_position_embeddings": 9999}, 4096)]):
+        folder = write_checkpoint(tmp_path / str(i), **{"model_type": "mistral"} | config)
+        assert Config.from_json(folder / "config.json").max_position_embeddings == positions
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -293,12 +339,6 @@ def test_several_files_of_transformers_hold_the_same_weights(tmp_path):
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
 
 
-def test_a_sliding_window_of_transformers_limits_the_positions(tmp_path):
-    save_random(pytest.importorskip("transformers"), tmp_path, "Mistral")
-    with pytest.raises(ValueError, match="80 positions"):
-        Llama.from_pretrained(tmp_path, "cpu")(torch.zeros(1, 81, dtype=torch.long))
-
-
 # mcts.py
 
 def planted(goal):
@@ -321,14 +361,14 @@ def test_search_fixes_a_wrong_sample_by_a_loop():
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_search_spends_exactly_its_budget_on_distinct_chains(batch):
-    asked = []
+    asked, sizes = [], []
 
     def score(chains):
-        assert 1 <= len(chains) <= batch
         asked.extend(chains)
+        sizes.append(len(chains))
         return [len(chain) % 3 == 0 for chain in chains]
     result = mcts.search(score, n_layers=9, simulations=150, batch=batch)
-    assert len(asked) == len(set(asked)) == 150
+    assert len(asked) == len(set(asked)) == 150 and min(sizes) >= 1 and max(sizes) == batch
     assert list(result.evaluated) == asked and asked[0] == tuple(range(9))
 
 
@@ -338,17 +378,25 @@ def test_search_is_deterministic_for_a_seed():
         assert list(runs[0]) == list(runs[1]) != list(runs[2])
 
 
+def allowed(chain, max_skip, max_loop):
+    return all(last + 1 - max_loop <= layer <= last + 1 + max_skip for last, layer in zip((-1, *chain), chain))
+
+
 @pytest.mark.parametrize("max_skip, max_loop", [(0, 0), (1, 0), (0, 1), (4, 1)])
 def test_search_exhausts_a_small_space_and_ends(max_skip, max_loop):
     n_layers = 2 if max_loop else 4
+    space = {chain for n in range(2 * n_layers + 1) for chain in itertools.product(range(n_layers), repeat=n)
+             if allowed(chain, max_skip, max_loop)}
+    for seed, right in itertools.product(range(4), (True, False)):
+        result = mcts.search(lambda chains: [right] * len(chains), n_layers, 10**6, seed, max_skip=max_skip,
+                             max_loop=max_loop)
+        assert set(result.evaluated) == space
 
-    def allowed(chain):
-        steps = zip((-1, *chain), chain)
-        return all(last + 1 - max_loop <= layer <= last + 1 + max_skip for last, layer in steps)
-    lengths = range(2 * n_layers + 1)
-    space = {chain for n in lengths for chain in itertools.product(range(n_layers), repeat=n) if allowed(chain)}
-    result = mcts.search(lambda chains: [True] * len(chains), n_layers, 10**6, max_skip=max_skip, max_loop=max_loop)
-    assert set(result.evaluated) == space
+
+@pytest.mark.parametrize("max_skip, max_loop", [(2, 3), (0, 2), (3, 0)])
+def test_search_stays_within_the_window(max_skip, max_loop):
+    result = mcts.search(planted((0, 3, 9)), 12, 300, max_skip=max_skip, max_loop=max_loop)
+    assert all(allowed(chain, max_skip, max_loop) for chain in result.evaluated)
 
 
 def test_search_evaluates_no_chain_too_deep_to_become_the_best():
@@ -379,8 +427,8 @@ def test_the_control_learns_nothing():
     assert len(mcts.search(lambda chains: [True] * len(chains), 1, 100, learn=False).evaluated) == 3
 
 
-def test_a_walk_adds_one_node_at_most(monkeypatch):
-    simulate, sizes = mcts.Search.simulate, []
+def test_a_walk_adds_one_node_at_most_and_its_reward_to_all_on_its_way(monkeypatch):
+    simulate, sizes, walks = mcts.Search.simulate, [], []
 
     def size(node):
         return 1 + sum(map(size, node.children.values()))
@@ -390,10 +438,41 @@ def test_a_walk_adds_one_node_at_most(monkeypatch):
         walk = simulate(self)
         assert root is self.root and before <= size(root) <= before + 1
         sizes.append(size(root))
+        walks.append((*walk, self.limit))
         return walk
     monkeypatch.setattr(mcts.Search, "simulate", watched)
-    mcts.search(planted((1, 5)), n_layers=8, simulations=100)
+    result = mcts.search(planted((1, 5)), n_layers=8, simulations=100)
     assert max(sizes) > 10
+    for node in (node for path, _, _ in walks for node in path):  # a walk to no new chain counts as a wrong, deep one
+        rewards = [-0.2 * limit / 8 if chain is None else result.reward(chain)
+                   for path, chain, limit in walks if node in path]
+        assert node.visits == len(rewards) and node.value == pytest.approx(sum(rewards))
+
+
+def test_selection_weighs_mean_rewards_and_priors_of_open_actions():
+    tree = mcts.Search(n_layers=4, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=4, max_loop=4)
+    node = mcts.Node()
+    node.children = {0: mcts.Node(), 1: mcts.Node()}
+    node.visits, node.children[0].visits, node.children[1].visits = 10, 5, 5
+    node.value, node.children[0].value, node.children[1].value = 5.0, 4.0, 1.0
+    assert tree.select(node, {0: 0.5, 1: 0.5}) == 0
+    assert tree.select(node, {1: 0.9, 0: 0.1}) == 1
+    assert tree.select(node, {1: 0.5, 2: 0.3, 0: 0.2}) == 2
+    node.children[1].closed = True
+    assert tree.select(node, {1: 0.9, 0: 0.1}) == 0
+    node.children[0].closed = True
+    assert tree.select(node, {1: 0.9, 0: 0.1}) is None
+
+
+def test_the_best_chain_is_followed_and_bounds_the_depth():
+    tree, full, deep = mcts.Search(6, 0, 0.3, 2.0, 6, 4), tuple(range(6)), (0,) * 12
+    for scores, best, limit in [({full: 0, (0,): 0}, full, 12),  # as long as nothing is right
+                                ({deep: 0.1, (1,): 0}, deep, 12),  # whatever the rewards of wrong chains
+                                ({(3,): 0.5}, (3,), 11),  # ten more layers cost the half that is missing
+                                ({(1, 2): 0.5}, (3,), 11), ({(4,): 0.9, (5, 5): 0.9}, (4,), 3), ({(): 1}, (), 0)]:
+        tree.result.evaluated |= scores
+        tree.learn(scores)
+        assert (tree.best, tree.limit) == (best, limit)
 
 
 def test_best_has_the_highest_reward_among_right_chains():
@@ -401,6 +480,7 @@ def test_best_has_the_highest_reward_among_right_chains():
     assert mcts.Result(scores, n_layers=4, depth_penalty=0.2).best == (0, 1, 2)
     assert mcts.Result(scores, n_layers=4, depth_penalty=2.0).best == (0, 1)
     assert mcts.Result({(0, 1): 0}, n_layers=2, depth_penalty=0.2).best is None
+    assert mcts.Result({(0, 1): 1, (1,): 1, (0,): 1}, n_layers=2, depth_penalty=0).right() == [(1,), (0,), (0, 1)]
 
 
 # data.py
@@ -415,7 +495,8 @@ def test_arithmetic_is_correct_distinct_and_held_out():
             assert data.is_test(problem.question)
         commonest = Counter(problem.answer for problem in problems).most_common(1)[0][1]
         assert commonest < 0.08 * len(problems)
-    assert data.load("arithmetic") == data.load("arithmetic")
+    questions = "\n".join(problem.question for problem in data.load("arithmetic"))  # the same on every machine, and
+    assert sha1(questions.encode()).hexdigest() == "2c88001ec0324f967a41cd1a6bea48048386a532"  # tiny saw none of them
     assert [problem.id[11] for problem in data.load("arithmetic")[:6]] == ["1", "2", "3", "4", "5", "1"]
 
 
@@ -440,16 +521,20 @@ def test_rows_of_every_form(form, tmp_path):
     row, prompt, answer = ROWS[form]
     file = tmp_path / "rows.jsonl"
     other = {"id": "last", "problem" if "problem" in row else "question": "Another?"}
-    file.write_text(json.dumps(row) + "\n\n" + json.dumps(row | other))
-    first, last = data.load(str(file))
+    rows = [json.dumps(row), "", json.dumps(row | other | {"id": 2, [*other][1]: "One more?"}), json.dumps(row | other)]
+    file.write_text("\n".join(rows), encoding="utf-8-sig")
+    first, second, last = data.load(str(file))
     assert (first.prompt, first.answer, last.id) == (prompt, answer, "last")
-    assert bool(first.choices) == (form == "arc")
-    assert data.load(str(file), shots=1)[1].prompt == f"{prompt} {answer}\n\n{last.prompt}"
+    assert bool(first.choices) == (form == "arc") and first.level == row.get("level")
+    assert [problem.prompt for problem in data.load(str(file), shots=1)] == [
+        f"{second.prompt} {answer}\n\n{prompt}", f"{prompt} {answer}\n\n{second.prompt}",
+        f"{prompt} {answer}\n\n{last.prompt}"]
 
 
 def test_exact_match_is_literal_but_for_outer_white_space():
     assert data.exact_match(" 12\n", "12")
     assert not any(data.exact_match(text, "12") for text in ("12.", "012", "1 2", "", "12 or 13"))
+    assert not data.exact_match("a", "A")
 
 
 # Prompts and token ids, against transformers.
@@ -521,6 +606,28 @@ def test_a_chat_asks_for_the_bare_answer_and_shows_examples_as_turns():
     assert [turn["content"] for turn in problem.messages] == [
         "Hot?\nA. ice\nB. fire\nAnswer with the letter of the right choice only.", "B",
         "1 + 1?\nAnswer with the final answer only."]
+
+
+def test_an_answer_stands_where_the_chat_template_puts_it(tmp_path):
+    folder = write_checkpoint(tmp_path / "model")
+    spaced = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}{% endfor %}" \
+             "{% if add_generation_prompt %}[assistant]{% endif %}"
+    for template, end, answer, written in [(CHATML, "assistant\n", "27", "27"), (spaced, "[assistant]", "27", " 27"),
+                                           (CHATML, "assistant\n", "An", "An")]:  # tiny has a token "\nAn"
+        (folder / "chat_template.jinja").write_text(template)
+        tokenizer = data.Tokenizer(folder)
+        prompt, target = map(tokenizer.decode, tokenizer.encode(data.Problem("", "9 * 3?", answer)))
+        assert prompt.endswith(end) and target == written
+
+
+def test_a_tokenizer_neither_pads_nor_truncates(tiny, tmp_path):
+    folder, problem = write_checkpoint(tmp_path / "model"), data.load("arithmetic")[0]
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                      "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    assert data.Tokenizer(folder).encode(problem) == tiny[1].encode(problem)
 
 
 def test_end_tokens_come_from_generation_config_then_config(tmp_path):
@@ -784,12 +891,13 @@ def test_drawing_shows_skips_loops_and_cuts():
                                              "then         2 3 x x"]
     assert cola.draw((), 2) == ["layers   0 1", "first    x x"]
     assert cola.explain((0, 1, 3, 3), 6) == "skips 2; loops 3; cuts off 4-5"
+    assert cola.explain((0, 2, 1, 3, 2), 4) == "loops 2; reorders 1"
     assert cola.explain(range(6), 6) == "every layer once"
 
 
 def test_stop_ids_are_the_end_token_and_new_lines(tiny):
     tokenizer = tiny[1]
-    assert {0, *tokenizer.encode_text("\n")} <= tokenizer.stop
+    assert {0, *tokenizer.encode_text("\n"), *tokenizer.encode_text("\nAnswer:")} <= tokenizer.stop
     assert not tokenizer.stop & set(tokenizer.encode_text("Question: What is -12 + 7?"))
 
 
@@ -851,10 +959,30 @@ def test_best_chains_that_generation_does_not_confirm_are_discarded(capsys, monk
     assert "better chains whose answer plain generation did not confirm" in out
 
 
-def test_command_has_a_random_control(capsys):
-    code, out, err = run_main(capsys, "--sample-id", 12, "--search", "random", "--simulations", 40)
-    assert (code, err) == (None, "") and "40 chains evaluated" in out
-    assert run_main(capsys, "--sample-id", 12, "--simulations", 40)[1] != out
+def test_command_has_a_random_control_and_a_seed(capsys):
+    steps = set()
+    for more in ([], ["--search", "random"], ["--seed", 1]):
+        code, out, err = run_main(capsys, "--sample-id", 12, "--simulations", 40, *more)
+        assert (code, err) == (None, "") and "40 chains evaluated" in out
+        steps.add(re.search("([0-9]+) layer steps run for the ([0-9]+)", out).groups())
+    assert len(steps) == 3
+
+
+def test_the_settings_reach_the_search(monkeypatch):
+    names, values = ["simulations", "depth_penalty", "exploration", "max_skip", "max_loop", "batch"], range(1, 7)
+    flags = [text for name, value in zip(names, values) for text in (f"--{name.replace('_', '-')}", str(value))]
+    signature = inspect.signature(mcts.search)
+    monkeypatch.setattr(mcts, "search", lambda *given, **named: signature.bind(*given, **named).arguments)
+    assert cola.search(cola.parser().parse_args(["--sample-id", "0", *flags]), len, 12, 7) == {
+        "score": len, "n_layers": 12, "seed": 7, "learn": True, **dict(zip(names, values))}
+
+
+def test_dtype_cache_and_no_chat_reach_the_sample(tmp_path):
+    arguments = ["--sample-id", "0", *map(str, template(tmp_path, CHATML)), "--dtype", "bfloat16", "--cache-mb", "3"]
+    for more, chat in ([], True), (["--no-chat"], False):
+        sample = cola.load_sample(cola.parser().parse_args(arguments + more))
+        assert sample.model.lm_head.weight.dtype == torch.bfloat16 and sample.verify.free == 3 * 2**20
+        assert sample.tokenizer.chat == chat and ("<|im_start|>" in sample.tokenizer.decode(sample.prompt)) == chat
 
 
 @pytest.mark.parametrize("table", ["searches", "ablation", "special"])
@@ -885,7 +1013,7 @@ def bad_rows(tmp_path, text):
 ARC = '{"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "%s"}'
 BAD_INPUT = {
     # name: (what the line must say, arguments after --sample-id 0, from a fresh folder)
-    "sample id out of range": ("out of range", lambda tmp: ["--sample-id", 10**6]),
+    "sample id out of range": ("out of range", lambda tmp: ["--sample-id", data.SIZE]),
     "sample id negative": ("out of range", lambda tmp: ["--sample-id", -1]),
     "sample id no number": ("invalid int", lambda tmp: ["--sample-id", "x"]),
     "unknown flag": ("unrecognized", lambda tmp: ["--sampleid", 3]),
@@ -910,6 +1038,7 @@ BAD_INPUT = {
     "row no object": ("line 1", lambda tmp: bad_rows(tmp, "[1]")),
     "row without question": ("no question", lambda tmp: bad_rows(tmp, '{"answer": "1"}')),
     "row without answer": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q"}')),
+    "row with a truth value": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": true}')),
     "row with empty answer": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": " "}')),
     "answer key no choice": ("'C'", lambda tmp: bad_rows(tmp, ARC % "C")),
     "choices malformed": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('"x", ', ""))),
@@ -924,6 +1053,14 @@ BAD_INPUT = {
     "config nonsense": ("hidden_size", lambda tmp: ["--model", write_checkpoint(tmp / "m", hidden_size="big")]),
     "config two ropes": ("differ", lambda tmp: ["--model", write_checkpoint(
         tmp / "m", rope_scaling={"type": "linear", "factor": 2.0})]),
+    "config zero": ("out of range", lambda tmp: ["--model", write_checkpoint(tmp / "m", max_position_embeddings=0)]),
+    "config odd head": ("halves", lambda tmp: ["--model", write_checkpoint(tmp / "m", head_dim=33)]),
+    "config half a rope": ("partial_rotary_factor", lambda tmp: ["--model", write_checkpoint(
+        tmp / "m", partial_rotary_factor=0.5)]),
+    "config rope without frequency": ("rope_theta", lambda tmp: ["--model", write_checkpoint(
+        tmp / "m", rope_parameters={"rope_type": "default", "rope_theta": 0})]),
+    "config quantized": ("quantization_config", lambda tmp: ["--model", write_checkpoint(
+        tmp / "m", quantization_config={"quant_method": "gptq"})]),
     "config text": ("rms_norm_eps", lambda tmp: ["--model", write_checkpoint(tmp / "m", rms_norm_eps="1e-6")]),
     "chain without comma": ("malformed", lambda tmp: ["--chain", "1 1"]),
     "chain of giants": ("0 to 11", lambda tmp: ["--chain", "0-9999999999"]),
@@ -984,6 +1121,12 @@ BAD_INPUT |= {
     "tokenizer broken": ("tokenizer", lambda tmp: broken(tmp, "tokenizer.json", lambda old: old[:99])),
     "tensor missing": ("missing", lambda tmp: one_tensor(tmp, lambda t: t.pop("model.norm.weight"))),
     "tensor unknown": ("no such", lambda tmp: one_tensor(tmp, lambda t: t.update(extra=torch.zeros(2)))),
+    "tensor in one layer only": ("some layers lack", lambda tmp: one_tensor(tmp, lambda t: t.update(
+        {"model.layers.3.self_attn.q_norm.weight": torch.ones(32)}))),
+    "tensor with infinity": ("infinity", lambda tmp: one_tensor(tmp, lambda t: t["model.norm.weight"][3:4].fill_(
+        float("inf")))),
+    "fewer tokens than the tokenizer": ("more tokens", lambda tmp: ["--model", write_checkpoint(
+        tmp / "m", tiny_tensors() | {"model.embed_tokens.weight": torch.ones(20, 64)}, vocab_size=20)]),
     "tensor with nan": ("NaN", lambda tmp: one_tensor(tmp, lambda t: t["model.norm.weight"][3:4].fill_(float("nan")))),
     "index garbage": ("index", lambda tmp: ["--model", write_checkpoint(tmp / "m"), *(
         (tmp / "m" / "model.safetensors.index.json").write_text("{}") and [])]),
