@@ -454,14 +454,14 @@ def test_selection_weighs_mean_rewards_and_priors_of_open_actions():
     node = mcts.Node()
     node.children = {0: mcts.Node(), 1: mcts.Node()}
     node.visits, node.children[0].visits, node.children[1].visits = 10, 5, 5
-    node.value, node.children[0].value, node.children[1].value = 5.0, 4.0, 1.0
-    assert tree.select(node, {0: 0.5, 1: 0.5}) == 0
-    assert tree.select(node, {1: 0.9, 0: 0.1}) == 1
-    assert tree.select(node, {1: 0.5, 2: 0.3, 0: 0.2}) == 2
-    node.children[1].closed = True
-    assert tree.select(node, {1: 0.9, 0: 0.1}) == 0
+    node.value, node.children[0].value, node.children[1].value = 5.0, 1.0, 4.0
+    assert tree.select(node, {0: 0.5, 1: 0.5}) == 1
+    assert tree.select(node, {0: 0.9, 1: 0.1}) == 0
+    assert tree.select(node, {0: 0.5, 2: 0.3, 1: 0.2}) == 2
     node.children[0].closed = True
-    assert tree.select(node, {1: 0.9, 0: 0.1}) is None
+    assert tree.select(node, {0: 0.9, 1: 0.1}) == 1
+    node.children[1].closed = True
+    assert tree.select(node, {0: 0.9, 1: 0.1}) is None
 
 
 def test_the_best_chain_is_followed_and_bounds_the_depth():
