@@ -272,6 +272,7 @@ def exit_on_error(program, run, *arguments):
     """Runs a command; what is wrong with its input ends in one line on stderr and exit code 2."""
     try:
         run(*arguments)
+        sys.stdout.flush()  # or a reader that has gone is noticed too late
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
