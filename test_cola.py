@@ -1122,7 +1122,7 @@ BAD_INPUT |= {
     "tensor missing": ("missing", lambda tmp: one_tensor(tmp, lambda t: t.pop("model.norm.weight"))),
     "tensor unknown": ("no such", lambda tmp: one_tensor(tmp, lambda t: t.update(extra=torch.zeros(2)))),
     "tensor in one layer only": ("some layers lack", lambda tmp: one_tensor(tmp, lambda t: t.update(
-        {"model.layers.3.self_attn.q_norm.weight": torch.ones(32)}))),
+        {f"model.layers.3.self_attn.{part}_norm.weight": torch.ones(32) for part in "qk"}))),
     "tensor with infinity": ("infinity", lambda tmp: one_tensor(tmp, lambda t: t["model.norm.weight"][3:4].fill_(
         float("inf")))),
     "fewer tokens than the tokenizer": ("more tokens", lambda tmp: ["--model", write_checkpoint(
@@ -1421,7 +1421,8 @@ def test_a_fitted_chain_is_tested_on_samples_it_never_saw(level, tiny, tmp_path,
     """The figures of the table are made again one sample at a time, and the exported chain reads back."""
     fit.main(fit.parser().parse_args(["--dataset", f"arithmetic-{level}", "--fit", "0:40", "--test", "40:90",
                                       "--simulations", "60", "--export", str(tmp_path / "new")]))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]
+            if line.startswith("|")]
     samples = [cola.Sample(*tiny, problem) for problem in data.load(f"arithmetic-{level}")[:90]]
     for label, depth, of_fit, of_test, _ in rows[:3]:
         chain = cola.parse_chain(label.split()[1], 12)
