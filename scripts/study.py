@@ -141,6 +141,7 @@ def main(args):
                                  "cola": f"{len(best) / len(lines):.1%}",
                                  "depth": f"{sum(map(len, best)) / max(1, len(best)):.2f}"}, refresh=False)
                 bar.update()
+        print(f"{own}: {len(lines)} of {len(samples)} samples are done")
     except KeyboardInterrupt:
         print(f"study: {len(lines)} of {len(samples)} samples are done; the same command goes on", file=sys.stderr)
         sys.exit(130)
