@@ -112,7 +112,8 @@ def load(dataset, shots=0, split=None):
             problems = read_jsonl(dataset)
         else:
             raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
-        examples = problems[:shots + 1]  # one more, for no problem is its own example
+        distinct = [*{problem.question: problem for problem in problems}.values()]
+        examples = distinct[:shots + 1]  # one more, for no problem is its own example
         if len(examples) <= shots:
             raise ValueError(f"{dataset} has too few rows ({len(problems)}) for {shots} examples; use fewer --shots")
     if not shots:

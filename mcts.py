@@ -8,8 +8,8 @@ less than that loops, more skips; stopping before the last layer is an early exi
   3. rolls out: completes the chain from there with the default policy,
   4. backs up: adds the chain's reward to every node on the way.
 That is UCT [1] with priors in the bound [2]. What we added, each measured in the README:
-  - The default policy follows the best chain found so far. Now and then it leaves it, to skip, loop or stop, and goes on
-    with it from where it meets it again. Its probabilities are the priors of the tree.
+  - The default policy follows the best chain found so far. Now and then it leaves it, to skip, loop or stop, and goes
+    on with it from where it meets it again. Its probabilities are the priors of the tree.
   - A rollout that comes to a known chain is drawn again: a chain's score does not change. Where that seldom helps, the
     default policy leaves the best chain more often.
   - A chain so deep that even a full score would not make it the best is not evaluated (branch and bound).

@@ -476,8 +476,11 @@ class BatchVerifier:
         if not all(prompt for prompt, _, _ in problems):
             raise ValueError("the prompt has no tokens; give it at least one")
         self.model, self.problems, self.free = model, problems, cache_mb * 2 ** 20
-        longest, longest_answer = (max(map(len, ids)) for ids in
-                                   ([[*prompt, *answer] for prompt, answer, _ in problems], [a for _, a, _ in problems]))
+        longest = max(len(prompt) + len(answer) for prompt, answer, _ in problems)
+        longest_answer = max(len(answer) for _, answer, _ in problems)
+        if longest > model.config.max_position_embeddings:
+            raise ValueError(f"{longest} tokens are more than the model's {model.config.max_position_embeddings} "
+                             "positions; use a shorter prompt")
         device = model.lm_head.weight.device
         tokens = torch.tensor([[*prompt, *answer] + [0] * (longest - len(prompt) - len(answer))
                                for prompt, answer, _ in problems], device=device)

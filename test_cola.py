@@ -28,7 +28,7 @@ from model import BatchVerifier, Config, KVCache, Llama, Verifier
 from scripts import common, compare_search, export, fit, report, study, transfer
 from scripts.train_tiny import save_tensors
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 ROOT = Path(cola.__file__).resolve().parent
 
 
@@ -147,6 +147,13 @@ def test_a_verdict_is_generate_and_exact_match(tiny):
                 assert verdict == data.exact_match(tokenizer.decode(tokens), answer)
                 verdicts[verdict] += 1
     assert min(verdicts[True], verdicts[False]) > 40
+
+
+def test_a_verifier_refuses_more_tokens_than_the_model_has_positions():
+    model = random_model(max_position_embeddings=8)
+    assert len(Verifier(model, [1] * 6, [2, 3])([range(5)])) == 1
+    with pytest.raises(ValueError, match="9 tokens .* 8 positions"):
+        Verifier(model, [1] * 7, [2, 3])
 
 
 def test_an_answer_without_stop_is_complete_as_it_stands():
