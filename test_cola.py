@@ -1447,6 +1447,7 @@ def test_transfer_counts_what_the_chains_answer_elsewhere(tiny, tmp_path, capsys
     """Every cell is made again one chain and one sample at a time; no chain is tried on its own sample."""
     out = tmp_path / "study.jsonl"
     study.main(study.parser().parse_args([f"--out={out}", "--samples=0:10", "--simulations=20", "--no-decoy"]))
+    capsys.readouterr()
     transfer.main(transfer.parser().parse_args([str(out)]))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
