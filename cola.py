@@ -162,9 +162,6 @@ class Sample:
         self.prompt, self.target = tokenizer.encode(problem)
         if max(self.prompt + self.target) >= model.config.vocab_size:
             raise ValueError("the tokenizer has more tokens than the model; fetch the checkpoint again")
-        if len(self.prompt) + len(self.target) > model.config.max_position_embeddings:
-            raise ValueError(f"the prompt has {len(self.prompt)} tokens, the answer {len(self.target)}, the model only "
-                             f"{model.config.max_position_embeddings} positions; take another sample or fewer --shots")
         self.stop = None if problem.choices else tokenizer.stop  # a letter is complete as it stands
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb)
 
@@ -173,10 +170,6 @@ class Sample:
         limit = len(self.target) if self.stop is None else max(32, len(self.target) + 1)
         text = self.tokenizer.decode(self.model.generate(self.prompt, chain, limit, self.stop))
         return text.strip(), data.exact_match(text, self.problem.answer)
-
-    def confirmed(self, chains):
-        """The first of the chains that plain generation finds right too, for it has the last word; or None."""
-        return next((chain for chain in chains if self.answer(chain)[1]), None)
 
 
 def load_sample(args):
@@ -223,7 +216,7 @@ def search_chain(args, sample):
     say("search", f"{len(result.evaluated)} chains evaluated, {len(right)} right, in {seconds:.2f} s, "
                   f"{len(result.evaluated) / seconds:.1f} chains/s\n"
                   f"{sample.verify.steps_run} layer steps run for the {sample.verify.steps_asked} of all these chains")
-    best = sample.confirmed(right)
+    best = next((chain for chain in right if sample.answer(chain)[1]), None)  # plain generation has the last word
     discarded = len(right) if best is None else right.index(best)
     if best is None:
         say("best", "none: no chain that answers right was found")

@@ -190,7 +190,10 @@ def read_row(row, where, position):
     question, choices, texts = question.strip(), (), ()
     if "choices" in row:
         try:
-            choices, texts = tuple(map(str, row["choices"]["label"])), tuple(row["choices"]["text"])
+            labels, texts = row["choices"]["label"], tuple(row["choices"]["text"])
+            if not isinstance(labels, list):  # a text would pass as a list of letters
+                raise TypeError
+            choices = tuple(map(str, labels))
             question += listed(choices, texts)
         except (TypeError, KeyError, ValueError):
             raise ValueError(f'{where}: choices must be {{"text": [...], "label": [...]}}, of equal length') from None

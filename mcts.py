@@ -75,7 +75,7 @@ class Node:
 
 
 class Search:
-    """The state of a search; arguments as in `search`. An action is a layer to append, or n_layers to stop.
+    """The state of a search; arguments as in `search`. An action is a layer to append, or `stop`.
 
     Attributes:
       best: the chain that the default policy follows: the best so far, until one is right the full-depth chain.
@@ -87,6 +87,7 @@ class Search:
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
+        self.stop = n_layers  # as if it were one layer more: in a full-depth chain the step after the last
         self.rng, self.result = random.Random(seed), Result({}, n_layers, depth_penalty)
         self.best, self.limit, self.mature = tuple(range(n_layers)), 2 * n_layers, MATURE
         self.root, self.loop, self.known = Node(), EARLY_LOOP, {self.best}
@@ -106,7 +107,7 @@ class Search:
         Returns {action: probability}, the likeliest first; {action: the position it leads to}; and, for when the best
         chain is left, a list of (action, position) and their cumulative probabilities.
         """
-        stop, ahead = self.n_layers, self.best[position:]
+        stop, ahead = self.stop, self.best[position:]
         follow = ahead[0] if ahead else stop
         window = self.window(last)
         loops = {layer: 1 / (follow - layer) for layer in window if layer < follow}
@@ -158,7 +159,7 @@ class Search:
                 return path, None
             node = node.children.setdefault(last, Node())
             path.append(node)
-            if last == self.n_layers:
+            if last == self.stop:
                 node.closed = True
                 return path, tuple(chain) if tuple(chain) not in self.known else None
             chain.append(last)
@@ -182,7 +183,7 @@ class Search:
                 last = chain[-1]
             _, _, moves, cumulative = self.policies.get((last, position)) or self.policy(last, position)
             last, position = moves[bisect(cumulative, draw() * cumulative[-1])]
-            if last == self.n_layers:
+            if last == self.stop:
                 break
             chain.append(last)
         return tuple(chain)

@@ -336,9 +336,7 @@ class Llama(nn.Module):
         past, new = 0 if cache is None else cache.length, tokens.shape[1]
         if new == 0:
             raise ValueError("there are no tokens to run; give at least one")
-        if past + new > self.config.max_position_embeddings:
-            raise ValueError(f"{past + new} tokens are more than the model's {self.config.max_position_embeddings} "
-                             "positions; use a shorter prompt")
+        check_positions(past + new, self.config)
         if cache is not None:
             if cache.chain not in (None, chain):
                 raise ValueError(f"this cache holds chain {list(cache.chain)}; make a new KVCache for {list(chain)}")
@@ -442,6 +440,13 @@ def check_chain(chain, n_layers):
     return chain
 
 
+def check_positions(n_tokens, config):
+    """Raises ValueError for more tokens than the model has positions."""
+    if n_tokens > config.max_position_embeddings:
+        raise ValueError(f"{n_tokens} tokens are more than the model's {config.max_position_embeddings} positions; "
+                         "use a shorter prompt, such as another sample or fewer worked examples")
+
+
 class BatchVerifier:
     """Says of many chains which of many problems greedy decoding under each would answer right, at the price of a few.
 
@@ -478,9 +483,7 @@ class BatchVerifier:
         self.model, self.problems, self.free = model, problems, cache_mb * 2 ** 20
         longest = max(len(prompt) + len(answer) for prompt, answer, _ in problems)
         longest_answer = max(len(answer) for _, answer, _ in problems)
-        if longest > model.config.max_position_embeddings:
-            raise ValueError(f"{longest} tokens are more than the model's {model.config.max_position_embeddings} "
-                             "positions; use a shorter prompt")
+        check_positions(longest, model.config)
         device = model.lm_head.weight.device
         tokens = torch.tensor([[*prompt, *answer] + [0] * (longest - len(prompt) - len(answer))
                                for prompt, answer, _ in problems], device=device)

@@ -1049,6 +1049,7 @@ BAD_INPUT = {
     "row with empty answer": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": " "}')),
     "answer key no choice": ("'C'", lambda tmp: bad_rows(tmp, ARC % "C")),
     "choices malformed": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('"x", ', ""))),
+    "choices a text": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('["A", "B"]', '"AB"'))),
     "prompt too long": ("positions", lambda tmp: bad_rows(tmp, '{"question": "%s", "answer": "1"}' % ("Q " * 600))),
     "model missing": ("config.json is missing", lambda tmp: ["--model", tmp / "missing"]),
     "model folder empty": ("config.json", lambda tmp: ["--model", tmp]),
