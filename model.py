@@ -10,8 +10,9 @@ import json
 import math
 import re
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,74 +22,81 @@ from torch.nn import functional as F
 
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmoe", "qwen2_moe", "qwen3_moe")
-ROPE_KEYS = {"default": [], "linear": ["factor"],
-             "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+ROPE_TYPES = {  # and the numbers that each needs
+    "default": [],
+    "linear": ["factor"],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
+}
+Number = float | int  # JSON may say 1 for 1.0
 
 
 @dataclass
 class Config:
-    """The part of a Hugging Face config.json that the decoder needs, under the same names."""
+    """The part of a Hugging Face config.json that the decoder needs, under the same names; RoPE's numbers lie flat.
+
+    Raises ValueError for a value of another type, and for a number that is not positive and finite.
+    """
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    rms_norm_eps: float
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    rms_norm_eps: Number
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
-    rope_parameters: dict | None = None
-    clip_qkv: float | int | None = None  # bound of queries, keys and values (OLMoE)
-    num_experts_per_tok: int = 0
+    rope_type: str = "default"
+    rope_theta: Number = 10000.0
+    factor: Number | None = None  # this and the next three where ROPE_TYPES names them
+    low_freq_factor: Number | None = None
+    high_freq_factor: Number | None = None
+    original_max_position_embeddings: Number | None = None
+    clip_qkv: Number | None = None  # bound of queries, keys and values (OLMoE)
+    num_experts_per_tok: int = 0  # here and below 0 means that there are none, as some dense models write
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
     norm_topk_prob: bool = False
-    moe_intermediate_size: int | None = None
-    shared_expert_intermediate_size: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
+        for field in fields(self):
+            value, types = getattr(self, field.name), get_args(field.type) or [field.type]
+            if type(value) not in types:  # isinstance would take True for an int
+                raise ValueError(f"{field.name} is {value!r}")
+            if type(value) in (int, float) and value != field.default and not 0 < value < math.inf:
+                raise ValueError(f"{field.name} {value} is out of range")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **(self.rope_parameters or {})}
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_key_value_heads} key/value heads for {self.num_attention_heads} query heads")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} has no two halves to rotate")
+        for name in ROPE_TYPES[self.rope_type]:
+            if getattr(self, name) is None:
+                raise ValueError(f"rope_type {self.rope_type} comes without {name}")
 
     @classmethod
     def from_json(cls, path):
         """Reads config.json. Raises ValueError for anything that this decoder would compute wrongly."""
         raw = read_json(path)
+        # transformers 5 writes rope_parameters; older checkpoints hold rope_theta and rope_scaling with a "type".
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict) or raw.get("rope_scaling") not in (None, rope):
+            raise ValueError(f"{path}: rope_parameters and rope_scaling differ, or are malformed; fetch the checkpoint "
+                             "again")
+        raw = {"hidden_act": "silu", "partial_rotary_factor": 1, **raw,
+               "rope_type": rope.get("type", "default"), **rope}
+        for name, supported in [("model_type", MODEL_TYPES), ("hidden_act", ["silu"]), ("rope_type", [*ROPE_TYPES]),
+                                ("partial_rotary_factor", [1]), ("quantization_config", [None])]:
+            if raw.get(name) not in supported:
+                raise ValueError(f"{path}: {name} {raw.get(name)!r} is not supported; take a checkpoint with "
+                                 f"{', '.join(map(str, supported))}")
         try:
-            # transformers 5 writes rope_parameters; older checkpoints hold rope_theta and rope_scaling with a "type".
-            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-            if raw.get("rope_parameters") and raw.get("rope_scaling", rope) not in (None, rope):
-                raise TypeError("rope_parameters and rope_scaling differ")
-            rope = {"rope_theta": raw.get("rope_theta") or 10000.0, "rope_type": rope.get("type", "default"), **rope}
-            partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1))
-            for name, found, supported in [("model_type", raw.get("model_type"), MODEL_TYPES),
-                                           ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
-                                           ("rope_type", rope["rope_type"], list(ROPE_KEYS)),
-                                           ("partial_rotary_factor", partial, [1]),
-                                           ("quantization_config", raw.get("quantization_config"), [None])]:
-                if found not in supported:
-                    raise ValueError(f"{path}: {name} {found!r} is not supported; take a checkpoint with "
-                                     f"{', '.join(map(str, supported))}")
-            for key in ["rope_theta", *ROPE_KEYS[rope["rope_type"]]]:
-                if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < math.inf:
-                    raise TypeError(f"rope_parameters: {key} is {rope.get(key)!r}")
             config = cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
-            config.rope_parameters = rope
-            for field in fields(cls):
-                value, type_ = getattr(config, field.name), float | int if field.type is float else field.type
-                if not isinstance(value, type_) or isinstance(value, bool) and type_ is not bool:
-                    raise TypeError(f"{field.name} is {value!r}")
             window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
             if window and raw.get("use_sliding_window", True):  # up to the window attention is full
-                config.max_position_embeddings = min(config.max_position_embeddings, window)
-            sizes = [config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-                     config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-                     config.max_position_embeddings, config.moe_intermediate_size or 1]
-            if min(sizes) < 1 or not 0 < config.rms_norm_eps < 1:
-                raise TypeError("a size is out of range")
-            if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-                raise TypeError("the numbers of heads, or the halves of a head, do not go into each other")
-        except (AttributeError, TypeError, ZeroDivisionError) as error:
+                config = replace(config, max_position_embeddings=min(config.max_position_embeddings, window))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not describe a decoder ({error}); fetch the checkpoint again") from None
         return config
 
@@ -131,14 +139,13 @@ class RMSNorm(nn.Module):
 @torch.inference_mode(False)  # the table is kept, and training may need it after generation made it
 def rope_table(config, length, device):
     """cos and sin of the angle of each position, [length, head_dim] in float32 (RoPE, section 3.2.2)."""
-    rope = config.rope_parameters
-    frequency = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
-    if rope["rope_type"] == "linear":
-        frequency = frequency / rope["factor"]
-    elif rope["rope_type"] == "llama3":  # slow only what turns less than a few times within the original length
-        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        keep = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
-        frequency = torch.lerp(frequency / rope["factor"], frequency, keep.clamp(0, 1))
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    if config.rope_type == "linear":
+        frequency = frequency / config.factor
+    elif config.rope_type == "llama3":  # slow only what turns less than a few times within the original length
+        turns = config.original_max_position_embeddings * frequency / (2 * math.pi)
+        keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        frequency = torch.lerp(frequency / config.factor, frequency, keep.clamp(0, 1))
     angle = torch.outer(torch.arange(length, device=device).float(), frequency)
     angle = torch.cat((angle, angle), dim=-1)  # these checkpoints pair dimension i with i + head_dim / 2
     return angle.cos(), angle.sin()

@@ -239,6 +239,13 @@ def test_positions_end_where_the_window_does(tmp_path):
         assert Config.from_json(folder / "config.json").max_position_embeddings == positions
 
 
+def test_a_dense_config_may_say_that_there_are_no_experts(tmp_path):
+    sizes = ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+    for i, value in enumerate((0, None)):
+        folder = write_checkpoint(tmp_path / str(i), **dict.fromkeys(sizes, value))
+        assert Config.from_json(folder / "config.json") == Config.from_json(cola.TINY / "config.json")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_computes_the_same():
     tokens = torch.randint(280, (2, 30))
@@ -1067,6 +1074,15 @@ BAD_INPUT = {
         tmp / "m", partial_rotary_factor=0.5)]),
     "config rope without frequency": ("rope_theta", lambda tmp: ["--model", write_checkpoint(
         tmp / "m", rope_parameters={"rope_type": "default", "rope_theta": 0})]),
+    "config rope incomplete": ("high_freq_factor", lambda tmp: ["--model", write_checkpoint(
+        tmp / "m", rope_parameters={name: 2.0 for name in LLAMA3 if "high" not in name} | {"rope_type": "llama3"})]),
+    "config rope no object": ("malformed", lambda tmp: ["--model", write_checkpoint(tmp / "m", rope_parameters=[1])]),
+    "config truth value": ("num_hidden_layers", lambda tmp: ["--model", write_checkpoint(
+        tmp / "m", num_hidden_layers=True)]),
+    "config infinity": ("rms_norm_eps", lambda tmp: ["--model", write_checkpoint(
+        tmp / "m", rms_norm_eps=float("inf"))]),
+    "config heads without size": ("head_dim 0", lambda tmp: ["--model", write_checkpoint(
+        tmp / "m", hidden_size=1, head_dim=None)]),
     "config quantized": ("quantization_config", lambda tmp: ["--model", write_checkpoint(
         tmp / "m", quantization_config={"quant_method": "gptq"})]),
     "config text": ("rms_norm_eps", lambda tmp: ["--model", write_checkpoint(tmp / "m", rms_norm_eps="1e-6")]),
