@@ -242,15 +242,16 @@ class Layer(nn.Module):
     """One module of a chain. It adds to the hidden states, so they survive that it is left out or applied again.
 
     Args:
-      shapes: {name: shape} of its tensors in the checkpoint; they tell which of the optional parts it has.
+      shapes: {name: shape} of the layers' tensors in the checkpoint; they tell which of the optional parts layers have.
+      sparse: whether the MLP of this layer is a mixture of experts.
     """
 
-    def __init__(self, config, shapes):
+    def __init__(self, config, shapes, sparse):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, shapes)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if "mlp.gate.weight" in shapes:
+        if sparse:
             self.mlp = Experts(config, shapes)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, bias="mlp.gate_proj.bias" in shapes)
@@ -270,9 +271,12 @@ class Llama(nn.Module):
 
     def __init__(self, config, shapes=None):
         super().__init__()
+        shapes = shapes or {}
         self.config, self.rope = config, None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, within(shapes or {}, f"layers.{i}."))
+        # Of all layers together: so loading finds that a tensor is missing which only some of the layers have.
+        of_layers = {name.split(".", 2)[-1]: shape for name, shape in shapes.items() if name.startswith("layers.")}
+        self.layers = nn.ModuleList(Layer(config, of_layers, sparse=f"layers.{i}.mlp.gate.weight" in shapes)
                                     for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -292,19 +296,11 @@ class Llama(nn.Module):
         """
         path, device = fetch(path_or_repo, revision), find_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        config, stored = Config.from_json(path / "config.json"), {}
-        for file in weight_files(path):
-            try:
-                tensors = safe_open(file, framework="pt", device=str(device))
-            except SafetensorError as error:
-                raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
-            for name in tensors.keys():
-                if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what follows from the config
-                    stored[name.removeprefix("model.")] = tensors, name, file
+        config, stored = Config.from_json(path / "config.json"), open_weights(path)
         config.tie_word_embeddings &= "lm_head.weight" not in stored  # a head that is there is used
         if config.num_hidden_layers > len(stored):
             raise ValueError(f"{path} has too few tensors for {config.num_hidden_layers} layers; fetch it again")
-        shapes = {name: tensors.get_slice(full_name).get_shape() for name, (tensors, full_name, _) in stored.items()}
+        shapes = {name: entry.get_shape() for name, entry in stored.items()}
         with torch.device("meta"):  # no memory yet: the tensors read below become the parameters, one by one
             model = cls(config, shapes)
         expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -312,21 +308,8 @@ class Llama(nn.Module):
             if shapes.get(name) != expected.get(name):
                 raise ValueError(f"{path}: tensor {name} is {shapes.get(name, 'missing')}, where config.json asks for "
                                  f"{expected.get(name, 'no such tensor')}; fetch the checkpoint again")
-        parts = [within(shapes, f"layers.{i}.") for i in range(len(model.layers))]
-        attention = {frozenset(name for name in part if name.startswith("self_attn.")) for part in parts}
-        shared = {"mlp.shared_expert_gate.weight" in part for part in parts if "mlp.gate.weight" in part}
-        if len(attention) > 1 or len(shared) > 1:
-            raise ValueError(f"{path}: some layers lack tensors that others have; fetch the checkpoint again")
-        weights = {}
-        for name, (tensors, full_name, file) in stored.items():
-            weights[name] = tensors.get_tensor(full_name)
-            if weights[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise ValueError(f"{file}: tensor {full_name} is {weights[name].dtype}; quantized weights are not "
-                                 "supported, take another checkpoint")
-            if not all(extreme.isfinite() for extreme in weights[name].aminmax()):  # NaN spreads to both
-                raise ValueError(f"{file}: tensor {full_name} holds NaN or infinity; fetch the checkpoint again")
-            weights[name] = weights[name].to(dtype)
-        model.load_state_dict(weights, strict=False, assign=True)
+        weights = {name: read_tensor(path, name, entry, device, dtype) for name, entry in stored.items()}
+        model.load_state_dict(weights, strict=False, assign=True)  # not strict, for a tied head is not stored
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
@@ -422,9 +405,29 @@ def weight_files(path):
     return [path / file for file in files]
 
 
-def within(shapes, prefix):
-    """The entries whose names begin with the prefix, without it."""
-    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+def open_weights(path):
+    """{name: entry} of all tensors of a checkpoint, less the leading "model."; an entry has shape and dtype, unread."""
+    stored = {}
+    for file in weight_files(path):
+        try:
+            tensors = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
+        for name in tensors.keys():
+            if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what follows from the config
+                stored[name.removeprefix("model.")] = tensors.get_slice(name)
+    return stored
+
+
+def read_tensor(path, name, entry, device, dtype):
+    """The tensor of an entry. Raises ValueError if it is quantized, or if it holds NaN or infinity."""
+    if entry.get_dtype() not in ("F32", "BF16", "F16"):
+        raise ValueError(f"{path}: tensor {name} is {entry.get_dtype()}; quantized weights are not supported, take "
+                         "another checkpoint")
+    tensor = entry[:].to(device)
+    if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN spreads to both
+        raise ValueError(f"{path}: tensor {name} holds NaN or infinity; fetch the checkpoint again")
+    return tensor.to(dtype)
 
 
 def find_device(name=None):
@@ -435,7 +438,7 @@ def find_device(name=None):
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
         raise ValueError(f"device {str(name)!r} is not there; use {there}") from None
-    return torch.device("cpu") if device.type == "cpu" else device  # safetensors knows no cpu:0
+    return device
 
 
 def check_chain(chain, n_layers):

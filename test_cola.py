@@ -1145,8 +1145,13 @@ BAD_INPUT |= {
     "tokenizer broken": ("tokenizer", lambda tmp: broken(tmp, "tokenizer.json", lambda old: old[:99])),
     "tensor missing": ("missing", lambda tmp: one_tensor(tmp, lambda t: t.pop("model.norm.weight"))),
     "tensor unknown": ("no such", lambda tmp: one_tensor(tmp, lambda t: t.update(extra=torch.zeros(2)))),
-    "tensor in one layer only": ("some layers lack", lambda tmp: one_tensor(tmp, lambda t: t.update(
-        {f"model.layers.3.self_attn.{part}_norm.weight": torch.ones(32) for part in "qk"}))),
+    "norms in one layer only": ("layers.0.self_attn.k_norm.weight is missing", lambda tmp: one_tensor(
+        tmp, lambda t: t.update({f"model.layers.3.self_attn.{part}_norm.weight": torch.ones(32) for part in "qk"}))),
+    "biases in all layers but one": ("layers.3.self_attn.o_proj.bias is missing", lambda tmp: one_tensor(
+        tmp, lambda t: t.update({f"model.layers.{i}.self_attn.o_proj.bias": torch.ones(64)
+                                 for i in range(12) if i != 3}))),
+    "tensor of no layer": ("no such", lambda tmp: one_tensor(tmp, lambda t: t.update(
+        {"model.layers.weight": torch.ones(2)}))),
     "tensor with infinity": ("infinity", lambda tmp: one_tensor(tmp, lambda t: t["model.norm.weight"][3:4].fill_(
         float("inf")))),
     "fewer tokens than the tokenizer": ("more tokens", lambda tmp: ["--model", write_checkpoint(
