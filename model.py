@@ -9,7 +9,7 @@ RoPE, arXiv 2104.09864; grouped-query attention, arXiv 2305.13245; speculative d
 import json
 import math
 import re
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -477,29 +477,34 @@ class BatchVerifier:
 
     Args:
       model: a Llama.
-      problems: list of (prompt, answer, stop), as for `Verifier`.
+      problems: list of (prompt, answer, stop), at least one: the prompt, not empty, and the answer as lists of token
+        ids; stop the ids of which one must follow the answer, or None where an answer is complete as it stands.
       cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; verdicts do not depend
         on it, but for rounding.
     Attributes:
       steps_asked: layer steps of all the chains so far, as if each was run by itself.
       steps_run: layer steps that were run.
+    Raises ValueError for no problem, an empty prompt, more tokens than the model has positions, or a negative cache.
     """
 
     def __init__(self, model, problems, cache_mb=1024):
         if cache_mb < 0:
             raise ValueError(f"cache_mb must be 0 or more, not {cache_mb}")
+        if not problems:
+            raise ValueError("there are no problems to verify; give at least one")
         if not all(prompt for prompt, _, _ in problems):
             raise ValueError("the prompt has no tokens; give it at least one")
-        self.model, self.problems, self.free = model, problems, cache_mb * 2 ** 20
+        self.model, self.problems, self.free_bytes = model, problems, cache_mb * 2 ** 20
         longest = max(len(prompt) + len(answer) for prompt, answer, _ in problems)
         longest_answer = max(len(answer) for _, answer, _ in problems)
         check_positions(longest, model.config)
         device = model.lm_head.weight.device
         tokens = torch.tensor([[*prompt, *answer] + [0] * (longest - len(prompt) - len(answer))
                                for prompt, answer, _ in problems], device=device)
-        # The states from which the answer's tokens, and what follows them, are predicted.
-        first = torch.tensor([len(prompt) - 1 for prompt, _, _ in problems], device=device)
-        self.read = (first[:, None] + torch.arange(longest_answer + 1, device=device)).clamp(max=longest - 1)
+        # Where the answer's tokens, and what follows them, are predicted: indices of problems and of positions.
+        first = torch.tensor([[len(prompt) - 1] for prompt, _, _ in problems], device=device)
+        positions = (first + torch.arange(longest_answer + 1, device=device)).clamp(max=longest - 1)
+        self.read = torch.arange(len(problems), device=device)[:, None], positions
         with torch.inference_mode():
             self.embedded = model.embed_tokens(tokens)  # the states of the empty prefix: [problems, T, hidden_size]
         self.rope = model.rotary(0, longest, self.embedded)
@@ -516,59 +521,48 @@ class BatchVerifier:
             return []
         chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
         self.steps_asked += sum(map(len, chains))
-        ends, ready, then = dict.fromkeys(chains), defaultdict(list), defaultdict(dict)
-        rows = torch.arange(len(self.problems), device=self.read.device)[:, None]
-
-        def advance(prefix, states):  # this prefix is done: what it allows to run next
-            if prefix in ends:
-                ends[prefix] = states[rows, self.read]
-            for longer in then.pop(prefix, ()):
-                ready[longer[-1]].append((longer, states))
-
-        begun = {}  # the prefixes in reach, whose states are known
-        for chain in ends:
-            known = next(n for n in range(len(chain), -1, -1) if n == 0 or chain[:n] in self.states)
-            begun[chain[:known]] = None
-            for n in range(known + 1, len(chain) + 1):
-                then[chain[:n - 1]][chain[:n]] = None
-        for prefix in begun:
-            advance(prefix, self.recall(prefix))
-        while ready:
-            layer = min(ready)
-            prefixes, batch = zip(*ready.pop(layer))
-            self.steps_run += len(prefixes)
-            after = self.model.layers[layer](torch.cat(batch), self.rope).split(len(self.problems))
-            for prefix, states in zip(prefixes, after):
-                states = states.clone()  # or one kept prefix would keep its whole batch in memory
+        front = {chain: self.recall(chain) for chain in chains}  # {chain: (steps done, hidden states after them)}
+        ends = {}  # {chain: the states that the head reads}
+        while True:
+            for chain in [chain for chain, (steps, _) in front.items() if steps == len(chain)]:
+                ends[chain] = front.pop(chain)[1][self.read]
+            if not front:
+                break
+            layer = min(chain[steps] for chain, (steps, _) in front.items())
+            batch = {chain[:steps + 1]: states for chain, (steps, states) in front.items() if chain[steps] == layer}
+            self.steps_run += len(batch)
+            after = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(len(self.problems))
+            # A clone for each prefix, or one that is kept would hold its whole batch in memory.
+            after = {prefix: states.clone() for prefix, states in zip(batch, after)}
+            for prefix, states in after.items():
                 self.keep(prefix, states)
-                advance(prefix, states)
+            for chain, (steps, _) in front.items():
+                if chain[steps] == layer:
+                    front[chain] = steps + 1, after[chain[:steps + 1]]
         greedy = self.model.lm_head(self.model.norm(torch.stack([*ends.values()]))).argmax(-1).tolist()
-        verdicts = {chain: [ids[:len(answer)] == answer and (stop is None or ids[len(answer)] in stop)
-                            for ids, (_, answer, stop) in zip(of_chain, self.problems)]
-                    for chain, of_chain in zip(ends, greedy)}  # of_chain: [problems][answer + 1]
+        verdicts = {}
+        for chain, written in zip(ends, greedy):  # written: [problems][longest answer + 1]
+            verdicts[chain] = [ids[:len(answer)] == answer and (stop is None or ids[len(answer)] in stop)
+                               for ids, (_, answer, stop) in zip(written, self.problems)]
         return [verdicts[chain] for chain in chains]
 
-    def recall(self, prefix):
-        if not prefix:
-            return self.embedded
-        self.states.move_to_end(prefix)
-        return self.states[prefix]
+    def recall(self, chain):
+        """The longest prefix of a chain whose states are kept: its length, and the states."""
+        for steps in range(len(chain), 0, -1):
+            if chain[:steps] in self.states:
+                self.states.move_to_end(chain[:steps])
+                return steps, self.states[chain[:steps]]
+        return 0, self.embedded
 
     def keep(self, prefix, states):
         self.states[prefix] = states
-        self.free -= states.nbytes
-        while self.free < 0:
-            self.free += self.states.popitem(last=False)[1].nbytes
+        self.free_bytes -= states.nbytes
+        while self.free_bytes < 0:
+            self.free_bytes += self.states.popitem(last=False)[1].nbytes
 
 
 class Verifier(BatchVerifier):
-    """The same for one problem: a list of chains to a list of bool.
-
-    Args:
-      prompt, answer: lists of token ids, the prompt not empty.
-      stop: ids one of which must follow the answer; None where an answer is complete as it stands.
-      model, cache_mb: see `BatchVerifier`.
-    """
+    """A BatchVerifier for one problem: a list of chains to a list of bool."""
 
     def __init__(self, model, prompt, answer, stop=None, cache_mb=1024):
         super().__init__(model, [(list(prompt), list(answer), stop)], cache_mb)

@@ -131,6 +131,8 @@ def test_what_a_model_cannot_run_is_refused():
         Verifier(model, [1], [2])([(0, 5)])
     with pytest.raises(ValueError, match="no tokens"):
         Verifier(model, [], [2])
+    with pytest.raises(ValueError, match="no problems"):
+        BatchVerifier(model, [])
 
 
 def test_a_verdict_is_generate_and_exact_match(tiny):
@@ -995,7 +997,7 @@ def test_dtype_cache_and_no_chat_reach_the_sample(tmp_path):
     arguments = ["--sample-id", "0", *map(str, template(tmp_path, CHATML)), "--dtype", "bfloat16", "--cache-mb", "3"]
     for more, chat in ([], True), (["--no-chat"], False):
         sample = cola.load_sample(cola.parser().parse_args(arguments + more))
-        assert sample.model.lm_head.weight.dtype == torch.bfloat16 and sample.verify.free == 3 * 2**20
+        assert sample.model.lm_head.weight.dtype == torch.bfloat16 and sample.verify.free_bytes == 3 * 2**20
         assert sample.tokenizer.chat == chat and ("<|im_start|>" in sample.tokenizer.decode(sample.prompt)) == chat
 
 
