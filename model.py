@@ -158,7 +158,7 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal attention in which several query heads share one key/value head."""
+    """Causal attention in which several query heads share one key/value head; arguments as for `Layer`."""
 
     def __init__(self, config, shapes):
         super().__init__()
@@ -177,20 +177,21 @@ class Attention(nn.Module):
 
     def heads(self, x, norm=None):
         """[B, T, heads * head_dim] to [B, heads, T, head_dim], normalized and clipped where the model does so."""
-        if norm is not None:
+        if norm is not None:  # its size says whether each head is normalized by itself, or all as one
             x = norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
         if self.clip is not None:
             x = x.clamp(-self.clip, self.clip)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x, rope, mask=None, cache=None, step=None):
-        q = rotate(self.heads(self.q_proj(x), self.q_norm), *rope)
-        k = rotate(self.heads(self.k_proj(x), self.k_norm), *rope)
+        q = rotate(self.heads(self.q_proj(x), self.q_norm), *rope)  # [B, heads, T, head_dim]
+        k = rotate(self.heads(self.k_proj(x), self.k_norm), *rope)  # [B, key/value heads, T, head_dim]
         v = self.heads(self.v_proj(x))
         if cache is not None:
-            k, v = cache.append(step, k, v)
+            k, v = cache.append(step, k, v)  # [B, key/value heads, past + T, head_dim]
+        # A single new token sees all keys; is_causal would show it the first one only.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
-                                           enable_gqa=True)
+                                           enable_gqa=True)  # [B, heads, T, head_dim]
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -256,8 +257,16 @@ class Layer(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, bias="mlp.gate_proj.bias" in shapes)
 
-    def forward(self, x, *context):
-        x = x + self.self_attn(self.input_layernorm(x), *context)
+    def forward(self, x, rope, mask=None, cache=None, step=None):
+        """The hidden states after this layer.
+
+        Args:
+          x: hidden states [B, T, hidden_size].
+          rope: cos and sin of the positions of x, each [T, head_dim].
+          mask: which tokens each token sees, bool [T, past + T]; None means all before it and itself.
+          cache, step: a KVCache and the slot in it that holds the past tokens and takes these in.
+        """
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, step)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -331,7 +340,7 @@ class Llama(nn.Module):
             if cache.chain not in (None, chain):
                 raise ValueError(f"this cache holds chain {list(cache.chain)}; make a new KVCache for {list(chain)}")
             cache.chain, cache.length = chain, past + new
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens)  # [B, T, hidden_size]
         rope = self.rotary(past, past + new, x)
         mask = None  # without past tokens, or with one new token, attention needs none
         if past and new > 1:
