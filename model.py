@@ -120,6 +120,7 @@ class KVCache:
         if step == len(self.slots):
             self.slots.append((k, v))
         else:
+            # Each token copies the past, which a buffer of fixed size would not; answers are short, and this is plain.
             past_k, past_v = self.slots[step]
             self.slots[step] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         return self.slots[step]
@@ -357,23 +358,28 @@ class Llama(nn.Module):
           chain: layer indices in order of application, any number of each, maybe none; None means every layer once.
           cache: a KVCache that holds the earlier tokens under this same chain, and takes these in.
         Returns logits [B, T, vocab_size].
-        Raises ValueError for a layer that the model does not have, or more tokens than it has positions.
+        Raises ValueError for a layer that the model does not have, no tokens, more tokens than it has positions, or a
+        cache of another chain.
         """
         return self.lm_head(self.hidden(tokens, chain, cache))
 
     @torch.inference_mode()
     def generate(self, tokens, chain=None, max_new_tokens=32, stop=None):
-        """Greedy decoding: a list of prompt ids to the list of new ids, without the `stop` token that ended it."""
+        """Greedy decoding: a list of prompt ids to the list of new ids.
+
+        It ends before the first token that is in `stop`, a set of ids, and where the model's positions end. Raises
+        ValueError as `forward` does.
+        """
         cache, new = KVCache(), []
-        step = torch.tensor([tokens], device=self.lm_head.weight.device)
+        unread = torch.tensor([tokens], device=self.lm_head.weight.device)  # first the whole prompt (prefill)
         while len(new) < max_new_tokens:
-            token = self.lm_head(self.hidden(step, chain, cache)[0, -1]).argmax().item()
+            token = self.lm_head(self.hidden(unread, chain, cache)[0, -1]).argmax().item()
             if stop is not None and token in stop:
                 break
             new.append(token)
             if cache.length == self.config.max_position_embeddings:
                 break
-            step = step.new_tensor([[token]])
+            unread = unread.new_tensor([[token]])
         return new
 
 
