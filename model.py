@@ -32,9 +32,9 @@ Number = float | int  # JSON may say 1 for 1.0
 
 @dataclass
 class Config:
-    """The part of a Hugging Face config.json that the decoder needs, under the same names; RoPE's numbers lie flat.
+    """The part of a Hugging Face config.json that the decoder needs, under the same names, RoPE's among them.
 
-    Raises ValueError for a value of another type, and for a number that is not positive and finite.
+    Raises ValueError for values of another type, not positive and finite, or that do not go together.
     """
     vocab_size: int
     hidden_size: int
@@ -47,7 +47,7 @@ class Config:
     max_position_embeddings: int = 2048
     rope_type: str = "default"
     rope_theta: Number = 10000.0
-    factor: Number | None = None  # this and the next three where ROPE_TYPES names them
+    factor: Number | None = None  # this and the next three: see ROPE_TYPES
     low_freq_factor: Number | None = None
     high_freq_factor: Number | None = None
     original_max_position_embeddings: Number | None = None
@@ -60,7 +60,8 @@ class Config:
 
     def __post_init__(self):
         for field in fields(self):
-            value, types = getattr(self, field.name), get_args(field.type) or [field.type]
+            value = getattr(self, field.name)
+            types = get_args(field.type) or [field.type]  # the members of a union
             if type(value) not in types:  # isinstance would take True for an int
                 raise ValueError(f"{field.name} is {value!r}")
             if type(value) in (int, float) and value != field.default and not 0 < value < math.inf:
@@ -93,8 +94,9 @@ class Config:
                                  f"{', '.join(map(str, supported))}")
         try:
             config = cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
+            # Positions end where the window does: so far attention is full, and the decoder needs no window.
             window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
-            if window and raw.get("use_sliding_window", True):  # up to the window attention is full
+            if window and raw.get("use_sliding_window", True):
                 config = replace(config, max_position_embeddings=min(config.max_position_embeddings, window))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not describe a decoder ({error}); fetch the checkpoint again") from None
@@ -120,7 +122,7 @@ class KVCache:
         if step == len(self.slots):
             self.slots.append((k, v))
         else:
-            # Each token copies the past, which a buffer of fixed size would not; answers are short, and this is plain.
+            # Copies the past for each token, as a preallocated buffer would not; plain, and answers are short.
             past_k, past_v = self.slots[step]
             self.slots[step] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         return self.slots[step]
@@ -190,7 +192,7 @@ class Attention(nn.Module):
         v = self.heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.append(step, k, v)  # [B, key/value heads, past + T, head_dim]
-        # A single new token sees all keys; is_causal would show it the first one only.
+        # is_causal lines up the first query with the first key: right without past only. One new token sees all keys.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
                                            enable_gqa=True)  # [B, heads, T, head_dim]
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -234,6 +236,7 @@ class Experts(nn.Module):
         y = torch.zeros_like(flat)
         for expert in chosen.unique().tolist():
             token, place = (chosen == expert).nonzero(as_tuple=True)
+            # A token chooses an expert once at most, so no index occurs twice, and += loses nothing.
             y[token] += self.experts[expert](flat[token]) * weights[token, place, None].to(x.dtype)
         if self.shared_expert is not None:
             y = y + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
@@ -244,7 +247,7 @@ class Layer(nn.Module):
     """One module of a chain. It adds to the hidden states, so they survive that it is left out or applied again.
 
     Args:
-      shapes: {name: shape} of the layers' tensors in the checkpoint; they tell which of the optional parts layers have.
+      shapes: {name: shape} of the tensors of the checkpoint's layers, which tell what optional parts all layers have.
       sparse: whether the MLP of this layer is a mixture of experts.
     """
 
@@ -282,9 +285,9 @@ class Llama(nn.Module):
     def __init__(self, config, shapes=None):
         super().__init__()
         shapes = shapes or {}
-        self.config, self.rope = config, None
+        self.config, self.rope = config, None  # see `rotary`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # Of all layers together: so loading finds that a tensor is missing which only some of the layers have.
+        # Taken from all layers together, so that loading refuses a layer that lacks what others have.
         of_layers = {name.split(".", 2)[-1]: shape for name, shape in shapes.items() if name.startswith("layers.")}
         self.layers = nn.ModuleList(Layer(config, of_layers, sparse=f"layers.{i}.mlp.gate.weight" in shapes)
                                     for i in range(config.num_hidden_layers))
@@ -327,13 +330,17 @@ class Llama(nn.Module):
     def rotary(self, start, end, like):
         """cos and sin of positions start..end-1 in the device and dtype of the hidden states `like`."""
         if self.rope is None or len(self.rope[0]) < end or self.rope[0].device != like.device:
+            # A power of two, or each new token would need another table.
             self.rope = rope_table(self.config, 1 << end.bit_length(), like.device)
         return tuple(table[start:end].to(like.dtype) for table in self.rope)
 
     def hidden(self, tokens, chain=None, cache=None):
         """Normalized last hidden states [B, T, hidden_size]; arguments as for `forward`."""
-        chain = check_chain(range(len(self.layers)) if chain is None else chain, len(self.layers))
-        past, new = 0 if cache is None else cache.length, tokens.shape[1]
+        if chain is None:
+            chain = range(len(self.layers))
+        chain = check_chain(chain, len(self.layers))
+        past = 0 if cache is None else cache.length
+        new = tokens.shape[1]
         if new == 0:
             raise ValueError("there are no tokens to run; give at least one")
         check_positions(past + new, self.config)
@@ -343,7 +350,7 @@ class Llama(nn.Module):
             cache.chain, cache.length = chain, past + new
         x = self.embed_tokens(tokens)  # [B, T, hidden_size]
         rope = self.rotary(past, past + new, x)
-        mask = None  # without past tokens, or with one new token, attention needs none
+        mask = None
         if past and new > 1:
             mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past)
         for step, layer in enumerate(chain):
@@ -383,79 +390,6 @@ class Llama(nn.Module):
         return new
 
 
-def fetch(path_or_repo, revision=None):
-    """The folder of a checkpoint: the one given, or the hub's cache after fetching what is missing there."""
-    if Path(path_or_repo).is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_repo)):
-        return Path(path_or_repo)
-    # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
-    return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "chat_template.jinja", "model.safetensors.index.json", "model*.safetensors"]))
-
-
-def read_json(path):
-    """The object in a JSON file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give the folder of a checkpoint in the Hugging Face layout")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch the checkpoint again")
-    return content
-
-
-def weight_files(path):
-    """The checkpoint's safetensors files: those that the index names, or the single one."""
-    files = ["model.safetensors"]
-    if (path / "model.safetensors.index.json").exists():
-        index = read_json(path / "model.safetensors.index.json").get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise ValueError(f"{path / 'model.safetensors.index.json'} has no weight_map; fetch the checkpoint again")
-        files = sorted(set(map(str, index.values())))
-    for file in files:
-        if Path(file).name != file or not (path / file).is_file():
-            raise FileNotFoundError(f"{path / file} is missing; a checkpoint needs its weights as safetensors")
-    return [path / file for file in files]
-
-
-def open_weights(path):
-    """{name: entry} of all tensors of a checkpoint, less the leading "model."; an entry has shape and dtype, unread."""
-    stored = {}
-    for file in weight_files(path):
-        try:
-            tensors = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
-        for name in tensors.keys():
-            if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what follows from the config
-                stored[name.removeprefix("model.")] = tensors.get_slice(name)
-    return stored
-
-
-def read_tensor(path, name, entry, device, dtype):
-    """The tensor of an entry. Raises ValueError if it is quantized, or if it holds NaN or infinity."""
-    if entry.get_dtype() not in ("F32", "BF16", "F16"):
-        raise ValueError(f"{path}: tensor {name} is {entry.get_dtype()}; quantized weights are not supported, take "
-                         "another checkpoint")
-    tensor = entry[:].to(device)
-    if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN spreads to both
-        raise ValueError(f"{path}: tensor {name} holds NaN or infinity; fetch the checkpoint again")
-    return tensor.to(dtype)
-
-
-def find_device(name=None):
-    """The torch.device of that name; without a name the GPU, if there is one. Raises ValueError if it is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
-        raise ValueError(f"device {str(name)!r} is not there; use {there}") from None
-    return device
-
-
 def check_chain(chain, n_layers):
     """The chain as a tuple; raises ValueError if a layer in it does not exist."""
     chain = tuple(chain)
@@ -473,7 +407,7 @@ def check_positions(n_tokens, config):
 
 
 class BatchVerifier:
-    """Says of many chains which of many problems greedy decoding under each would answer right, at the price of a few.
+    """Tells which problems greedy decoding under a chain would answer right, for many chains at the price of a few.
 
     One pass a chain. As in speculative decoding the answer is a draft: run on prompt + answer, a chain would have
     written each of the answer's tokens if and only if each is the argmax after those before it. So there is no
@@ -492,8 +426,8 @@ class BatchVerifier:
 
     Args:
       model: a Llama.
-      problems: list of (prompt, answer, stop), at least one: the prompt, not empty, and the answer as lists of token
-        ids; stop the ids of which one must follow the answer, or None where an answer is complete as it stands.
+      problems: list of (prompt, answer, stop), not empty: prompt (not empty either) and answer are token ids; stop is
+        a set of ids of which one must follow the answer, or None where an answer is complete as it stands.
       cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; verdicts do not depend
         on it, but for rounding.
     Attributes:
@@ -505,6 +439,7 @@ class BatchVerifier:
     def __init__(self, model, problems, cache_mb=1024):
         if cache_mb < 0:
             raise ValueError(f"cache_mb must be 0 or more, not {cache_mb}")
+        problems = [(list(prompt), list(answer), stop) for prompt, answer, stop in problems]
         if not problems:
             raise ValueError("there are no problems to verify; give at least one")
         if not all(prompt for prompt, _, _ in problems):
@@ -540,7 +475,8 @@ class BatchVerifier:
         ends = {}  # {chain: the states that the head reads}
         while True:
             for chain in [chain for chain, (steps, _) in front.items() if steps == len(chain)]:
-                ends[chain] = front.pop(chain)[1][self.read]
+                _, states = front.pop(chain)
+                ends[chain] = states[self.read]
             if not front:
                 break
             layer = min(chain[steps] for chain, (steps, _) in front.items())
@@ -570,6 +506,7 @@ class BatchVerifier:
         return 0, self.embedded
 
     def keep(self, prefix, states):
+        """Keeps the states of a prefix; drops those used longest ago until all fit the budget."""
         self.states[prefix] = states
         self.free_bytes -= states.nbytes
         while self.free_bytes < 0:
@@ -577,10 +514,85 @@ class BatchVerifier:
 
 
 class Verifier(BatchVerifier):
-    """A BatchVerifier for one problem: a list of chains to a list of bool."""
+    """A `BatchVerifier` for one problem, given by prompt, answer and stop: a list of chains to a list of bool."""
 
     def __init__(self, model, prompt, answer, stop=None, cache_mb=1024):
-        super().__init__(model, [(list(prompt), list(answer), stop)], cache_mb)
+        super().__init__(model, [(prompt, answer, stop)], cache_mb)
 
     def __call__(self, chains):
-        return [right for right, in super().__call__(chains)]
+        return [verdicts[0] for verdicts in super().__call__(chains)]
+
+
+# Devices and checkpoints.
+
+def find_device(name=None):
+    """The torch.device of that name; without a name the GPU, if there is one. Raises ValueError if it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"device {str(name)!r} is not there; use {there}") from None
+    return device
+
+
+def fetch(path_or_repo, revision=None):
+    """The folder of a checkpoint: the one given, or the hub's cache after fetching what is missing there."""
+    if Path(path_or_repo).is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_repo)):
+        return Path(path_or_repo)
+    # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
+    return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "chat_template.jinja", "model.safetensors.index.json", "model*.safetensors"]))
+
+
+def read_json(path):
+    """The object in a JSON file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give the folder of a checkpoint in the Hugging Face layout")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch the checkpoint again")
+    return content
+
+
+def weight_files(path):
+    """The checkpoint's safetensors files: those that the index names, or the single one."""
+    files, index = ["model.safetensors"], path / "model.safetensors.index.json"
+    if index.exists():
+        file_of = read_json(index).get("weight_map")  # {name: file}
+        if not isinstance(file_of, dict) or not file_of:
+            raise ValueError(f"{index} has no weight_map; fetch the checkpoint again")
+        files = sorted(set(map(str, file_of.values())))
+    for file in files:
+        if Path(file).name != file or not (path / file).is_file():
+            raise FileNotFoundError(f"{path / file} is missing; a checkpoint needs its weights as safetensors")
+    return [path / file for file in files]
+
+
+def open_weights(path):
+    """The checkpoint's tensors, not read yet: {name, less the leading "model.": entry with the shape and dtype}."""
+    stored = {}
+    for file in weight_files(path):
+        try:
+            tensors = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
+        for name in tensors.keys():
+            if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what follows from the config
+                stored[name.removeprefix("model.")] = tensors.get_slice(name)
+    return stored
+
+
+def read_tensor(path, name, entry, device, dtype):
+    """The tensor of an entry. Raises ValueError if it is quantized, or if it holds NaN or infinity."""
+    if entry.get_dtype() not in ("F32", "BF16", "F16"):
+        raise ValueError(f"{path}: tensor {name} is {entry.get_dtype()}; quantized weights are not supported, take "
+                         "another checkpoint")
+    tensor = entry[:].to(device)
+    if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN spreads to both
+        raise ValueError(f"{path}: tensor {name} holds NaN or infinity; fetch the checkpoint again")
+    return tensor.to(dtype)

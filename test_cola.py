@@ -164,6 +164,7 @@ def test_an_answer_without_stop_is_complete_as_it_stands():
         answer = model.generate([7, 8, 9], chain, max_new_tokens=2)
         end = model.generate([7, 8, 9], chain, max_new_tokens=3)[2]
         assert Verifier(model, [7, 8, 9], answer)([chain]) == [True]
+        assert BatchVerifier(model, [((7, 8, 9), tuple(answer), None)])([chain]) == [[True]]
         assert Verifier(model, [7, 8, 9], answer, stop={end})([chain]) == [True]
         assert Verifier(model, [7, 8, 9], answer, stop={end + 1})([chain]) == [False]
         assert Verifier(model, [7, 8, 9], [answer[0], answer[1] + 1])([chain]) == [False]
