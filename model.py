@@ -52,7 +52,7 @@ class Config:
     high_freq_factor: Number | None = None
     original_max_position_embeddings: Number | None = None
     clip_qkv: Number | None = None  # bound of queries, keys and values (OLMoE)
-    num_experts_per_tok: int = 0  # here and below 0 means that there are none, as some dense models write
+    num_experts_per_tok: int = 0  # dense models may say 0, here and for the next two
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
     norm_topk_prob: bool = False
@@ -64,7 +64,8 @@ class Config:
             types = get_args(field.type) or [field.type]  # the members of a union
             if type(value) not in types:  # isinstance would take True for an int
                 raise ValueError(f"{field.name} is {value!r}")
-            if type(value) in (int, float) and value != field.default and not 0 < value < math.inf:
+            positive = type(value) not in (int, float) or 0 < value < math.inf
+            if not positive and value != field.default:  # where 0 is the default it means that there is none
                 raise ValueError(f"{field.name} {value} is out of range")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
