@@ -125,22 +125,17 @@ def draw(chain, n_layers):
         first    0 1 . 3
         then         2 3 x x
     """
-    width = len(str(n_layers - 1)) + 1
-    lines = ["layers  " + "".join(f"{layer:{width}}" for layer in range(n_layers))]
-    top = max(chain, default=-1)
-    passes = runs(chain, lambda a, b: b > a) or [[]]
-    for i, layers in enumerate(passes):
-        cells = []
-        for layer in range(n_layers):
-            begun, ended = i == 0 or layer > layers[0], not layers or layer > layers[-1]
-            if layer in layers:
-                cells.append(str(layer))
-            elif layer > top and i == len(passes) - 1:
-                cells.append("x")
-            else:
-                cells.append("." if begun and not ended else "")
-        lines.append(("then    " if i else "first   ") + "".join(f"{cell:>{width}}" for cell in cells).rstrip())
-    return lines
+    rows = [range(n_layers)]
+    for layers in runs(chain, lambda a, b: b > a) or [()]:
+        start = layers[0] if len(rows) > 1 else 0
+        row = [""] * n_layers
+        for layer in range(start, max(layers, default=-1) + 1):
+            row[layer] = layer if layer in layers else "."
+        rows.append(row)
+    top, width = max(chain, default=-1), len(str(n_layers - 1)) + 1
+    rows[-1][top + 1:] = "x" * (n_layers - 1 - top)
+    labels = ["layers", "first", *["then"] * len(rows)]
+    return [f"{label:8}" + "".join(f"{cell:>{width}}" for cell in row).rstrip() for label, row in zip(labels, rows)]
 
 
 def explain(chain, n_layers):
