@@ -182,13 +182,16 @@ def say(label, text):
         label = ""
 
 
-def say_answer(label, sample, chain, drawing=False):
-    """Prints what the model answers under a chain and, with a drawing, the chain."""
+def say_answer(label, sample, chain):
+    """Prints what the model answers under a chain."""
     text, right = sample.answer(chain)
-    n_layers = sample.model.config.num_hidden_layers
-    say(label, f"{text!r}, {'right' if right else 'wrong'}, depth {len(chain)} (full: {n_layers})")
-    if drawing:
-        say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
+    full = sample.model.config.num_hidden_layers
+    say(label, f"{text!r}, {'right' if right else 'wrong'}, depth {len(chain)} (full: {full})")
+
+
+def say_chain(chain, n_layers):
+    """Prints a chain: as --chain takes it, in words, and drawn."""
+    say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
 
 
 def search(args, score, n_layers, seed):
@@ -199,13 +202,13 @@ def search(args, score, n_layers, seed):
 
 def search_chain(args, sample):
     """Searches the sample's chain, with a progress bar, and prints what was found."""
-    start = time.perf_counter()
+    n_layers, start = sample.model.config.num_hidden_layers, time.perf_counter()
     with tqdm(total=args.simulations, desc="search", unit="chain", disable=None, leave=False) as bar:
         def score(chains):
             verdicts = sample.verify(chains)
             bar.update(len(chains))
             return verdicts
-        result = search(args, score, sample.model.config.num_hidden_layers, args.seed)
+        result = search(args, score, n_layers, args.seed)
     seconds = time.perf_counter() - start
     right = result.right()
     say("search", f"{len(result.evaluated)} chains evaluated, {len(right)} right, in {seconds:.2f} s, "
@@ -216,7 +219,8 @@ def search_chain(args, sample):
     if best is None:
         say("best", "none: no chain that answers right was found")
     else:
-        say_answer("best", sample, best, drawing=True)
+        say_answer("best", sample, best)
+        say_chain(best, n_layers)
     if discarded:
         say("discarded", f"{discarded} better chains whose answer plain generation did not confirm")
 
@@ -236,7 +240,8 @@ def run(args):
         say_answer("full", sample, range(n_layers))
         search_chain(args, sample)
     else:
-        say_answer("answer", sample, chain, drawing=True)
+        say_answer("answer", sample, chain)
+        say_chain(chain, n_layers)
 
 
 def one_line(error):
