@@ -196,8 +196,9 @@ def say_chain(chain, n_layers):
 
 def search(args, score, n_layers, seed):
     """`mcts.search` with the settings that the arguments give."""
-    return mcts.search(score, n_layers, args.simulations, seed, args.depth_penalty, args.exploration, args.max_skip,
-                       args.max_loop, args.batch, learn=args.search == "uct")
+    return mcts.search(score, n_layers, simulations=args.simulations, seed=seed, depth_penalty=args.depth_penalty,
+                       exploration=args.exploration, max_skip=args.max_skip, max_loop=args.max_loop, batch=args.batch,
+                       learn=args.search == "uct")
 
 
 def search_chain(args, sample):
