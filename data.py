@@ -25,13 +25,13 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 
-NUMBERS = {level: level + 2 for level in range(1, 6)}  # how many numbers a problem of each arithmetic level adds up
-LIMIT = 20  # every number is below
-SIZE = 2000  # problems in each arithmetic dataset
-VIEWED = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read through the hub's dataset viewer: repository, config
-          "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge"),
-          "gsm8k": ("openai/gsm8k", "main")}
-DATASETS = ("arithmetic", *(f"arithmetic-{level}" for level in NUMBERS), *VIEWED,
+TERMS_OF_LEVEL = {1: 3, 2: 4, 3: 5, 4: 6, 5: 7}  # arithmetic: how many numbers a problem of each level adds up
+NUMBERS_BELOW = 20  # each of these numbers
+N_PROBLEMS = 2000  # in each arithmetic dataset
+FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read by the hub's dataset viewer: repository, config
+               "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge"),
+               "gsm8k": ("openai/gsm8k", "main")}
+DATASETS = ("arithmetic", *(f"arithmetic-{level}" for level in TERMS_OF_LEVEL), *FROM_VIEWER,
             "math", *(f"math-{level}" for level in range(1, 6)))
 
 
@@ -96,15 +96,15 @@ def load(dataset, shots=0, split=None):
     """
     if not 0 <= shots <= 100:
         raise ValueError(f"shots must be between 0 and 100, not {shots}")
-    if split is not None and dataset not in VIEWED:
+    if split is not None and dataset not in FROM_VIEWER:
         raise ValueError(f"{dataset} has no splits; leave --split out")
     if dataset.startswith("arithmetic") and dataset in DATASETS:
-        levels = [int(dataset[-1])] if dataset[-1].isdigit() else list(NUMBERS)
-        problems = by_turns([arithmetic(level, SIZE // len(levels)) for level in levels])
+        levels = [int(dataset[-1])] if dataset[-1].isdigit() else list(TERMS_OF_LEVEL)
+        problems = by_turns([arithmetic(level, N_PROBLEMS // len(levels)) for level in levels])
         examples = by_turns([arithmetic(level, shots, test=False) for level in levels])[:shots]
     else:
-        if dataset in VIEWED:
-            problems = read_jsonl(fetch_rows(*VIEWED[dataset], split or "test"))
+        if dataset in FROM_VIEWER:
+            problems = read_jsonl(fetch_rows(*FROM_VIEWER[dataset], split or "test"))
         elif dataset in DATASETS:
             problems = read_jsonl(hf_hub_download("HuggingFaceH4/MATH-500", "test.jsonl", repo_type="dataset"))
             problems = [problem for problem in problems if dataset in ("math", f"math-{problem.level}")]
@@ -129,11 +129,11 @@ def exact_match(prediction, answer):
 
 # Arithmetic: generated, the same on every machine.
 
-def random_sum(rng, n_numbers, limit=LIMIT):
+def random_sum(rng, n_terms, limit=NUMBERS_BELOW):
     """A question and its answer, as "What is 12 + 7 - 13?" and "6", with numbers below the limit."""
     value = rng.randrange(limit)
     question = f"What is {value}"
-    for _ in range(n_numbers - 1):
+    for _ in range(n_terms - 1):
         sign, number = rng.choice("+-"), rng.randrange(limit)
         question += f" {sign} {number}"
         value += number if sign == "+" else -number
@@ -145,11 +145,11 @@ def is_test(question):
     return hashlib.sha256(question.encode()).digest()[0] < 64
 
 
-def arithmetic(level, size, test=True, limit=LIMIT):
+def arithmetic(level, size, test=True, limit=NUMBERS_BELOW):
     """The first `size` distinct test (or training) problems of a level."""
     rng, answers = random.Random(level), {}
     while len(answers) < size:
-        question, answer = random_sum(rng, NUMBERS[level], limit)
+        question, answer = random_sum(rng, TERMS_OF_LEVEL[level], limit)
         if is_test(question) == test:
             answers[question] = answer
     return [Problem(f"arithmetic-{level}/{i}", *row, level=level) for i, row in enumerate(answers.items())]

@@ -503,9 +503,9 @@ def test_best_has_the_highest_reward_among_right_chains():
 # data.py
 
 def test_arithmetic_is_correct_distinct_and_held_out():
-    for level, numbers in data.NUMBERS.items():
+    for level, numbers in data.TERMS_OF_LEVEL.items():
         problems = data.load(f"arithmetic-{level}")
-        assert len({problem.question for problem in problems}) == len(problems) == data.SIZE
+        assert len({problem.question for problem in problems}) == len(problems) == data.N_PROBLEMS
         for problem in problems:
             sum_ = problem.question.removeprefix("What is ").removesuffix("?")
             assert len(re.findall(r"\d+", sum_)) == numbers and problem.answer == str(eval(sum_))
@@ -927,7 +927,7 @@ def test_prompt_tokens_are_a_prefix_of_prompt_and_answer(tiny):
 
 def test_tiny_is_as_accurate_as_its_readme_says(tiny):
     table = re.findall(r"^\| (\d) \|.*\| ([\d.]+) % \|$", (cola.TINY / "README.md").read_text(), re.MULTILINE)
-    assert len(table) == len(data.NUMBERS)
+    assert len(table) == len(data.TERMS_OF_LEVEL)
     for level, percent in table:
         sample = [cola.Sample(*tiny, problem) for problem in data.load(f"arithmetic-{level}")[:60]]
         share, recorded = sum(s.verify([range(12)])[0] for s in sample) / 60, float(percent) / 100
@@ -1030,7 +1030,7 @@ def bad_rows(tmp_path, text):
 ARC = '{"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "%s"}'
 BAD_INPUT = {
     # name: (what the line must say, arguments after --sample-id 0, from a fresh folder)
-    "sample id out of range": ("out of range", lambda tmp: ["--sample-id", data.SIZE]),
+    "sample id out of range": ("out of range", lambda tmp: ["--sample-id", data.N_PROBLEMS]),
     "sample id negative": ("out of range", lambda tmp: ["--sample-id", -1]),
     "sample id no number": ("invalid int", lambda tmp: ["--sample-id", "x"]),
     "unknown flag": ("unrecognized", lambda tmp: ["--sampleid", 3]),

@@ -27,11 +27,11 @@ CYCLES = (5 / 7, 1)  # shares of the steps at which the learning rate has come d
 END = "<|endoftext|>"
 
 
-def sums(rng, n_numbers, count, limit):
+def sums(rng, n_terms, count, limit):
     """`count` (prompt, answer) pairs that are not test problems, of numbers below the limit."""
     pairs = []
     while len(pairs) < count:
-        question, answer = data.random_sum(rng, n_numbers, limit)
+        question, answer = data.random_sum(rng, n_terms, limit)
         if not data.is_test(question):
             pairs.append((data.Problem("", question, answer).prompt, f" {answer}"))
     return pairs
@@ -44,7 +44,7 @@ def make_tokenizer():
         pre_tokenizers.Split(Regex(r"\n?\w+:|[0-9]"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    text = [prompt + answer for prompt, answer in sums(random.Random(0), LENGTHS[-1], 300, data.LIMIT)]
+    text = [prompt + answer for prompt, answer in sums(random.Random(0), LENGTHS[-1], 300, data.NUMBERS_BELOW)]
     tokenizer.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=512, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=[END],
         show_progress=False))
@@ -110,10 +110,10 @@ def print_accuracy(folder, levels):
     """The table of tiny/README.md."""
     model, tokenizer = Llama.from_pretrained(folder, "cpu"), data.Tokenizer(folder)
     print("| level | numbers | right |\n|---|---|---|")
-    for (level, n_numbers), problems in zip(data.NUMBERS.items(), levels):
+    for (level, n_terms), problems in zip(data.TERMS_OF_LEVEL.items(), levels):
         samples = [cola.Sample(model, tokenizer, problem) for problem in problems]
         right = sum(sample.verify([range(len(model.layers))])[0] for sample in samples)
-        print(f"| {level} | {n_numbers} | {100 * right / len(samples):.1f} % |")
+        print(f"| {level} | {n_terms} | {100 * right / len(samples):.1f} % |")
 
 
 def main():
@@ -123,7 +123,8 @@ def main():
     parser.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"),
                         help="where to go on from (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--limit", type=int, default=data.LIMIT, help="numbers are below it (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=data.NUMBERS_BELOW,
+                        help="numbers are below it (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=7000, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=256, help="problems a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -179,8 +180,8 @@ def main():
             save_tensors(state(model, optimizers), partial, step=str(step + 1), run=run)
             partial.replace(args.state)
     save_checkpoint(args.out, model, tokenizer)
-    levels = [data.arithmetic(level, 500, limit=args.limit) for level in data.NUMBERS]
-    if args.limit != data.LIMIT:  # then it needs problems of its own
+    levels = [data.arithmetic(level, 500, limit=args.limit) for level in data.TERMS_OF_LEVEL]
+    if args.limit != data.NUMBERS_BELOW:  # then it needs problems of its own
         rows = [{"question": p.question, "answer": p.answer, "level": p.level} for p in data.by_turns(levels)]
         (args.out / "arithmetic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     print_accuracy(args.out, levels)
