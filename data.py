@@ -26,13 +26,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 
 TERMS_OF_LEVEL = {1: 3, 2: 4, 3: 5, 4: 6, 5: 7}  # arithmetic: how many numbers a problem of each level adds up
-NUMBERS_BELOW = 20  # each of these numbers
+NUMBERS_BELOW = 20  # so 0 to 19
 N_PROBLEMS = 2000  # in each arithmetic dataset
+ARITHMETIC = {"arithmetic": [*TERMS_OF_LEVEL]} | {f"arithmetic-{level}": [level] for level in TERMS_OF_LEVEL}  # levels
 FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read by the hub's dataset viewer: repository, config
                "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge"),
                "gsm8k": ("openai/gsm8k", "main")}
-DATASETS = ("arithmetic", *(f"arithmetic-{level}" for level in TERMS_OF_LEVEL), *FROM_VIEWER,
-            "math", *(f"math-{level}" for level in range(1, 6)))
+MATH = ("math", "math-1", "math-2", "math-3", "math-4", "math-5")
+DATASETS = (*ARITHMETIC, *FROM_VIEWER, *MATH)
 
 
 @dataclass(frozen=True)
@@ -98,28 +99,34 @@ def load(dataset, shots=0, split=None):
         raise ValueError(f"shots must be between 0 and 100, not {shots}")
     if split is not None and dataset not in FROM_VIEWER:
         raise ValueError(f"{dataset} has no splits; leave --split out")
-    if dataset.startswith("arithmetic") and dataset in DATASETS:
-        levels = [int(dataset[-1])] if dataset[-1].isdigit() else list(TERMS_OF_LEVEL)
+    if dataset in ARITHMETIC:
+        levels = ARITHMETIC[dataset]
         problems = by_turns([arithmetic(level, N_PROBLEMS // len(levels)) for level in levels])
-        examples = by_turns([arithmetic(level, shots, test=False) for level in levels])[:shots]
+        pool = by_turns([arithmetic(level, shots + 1, test=False) for level in levels])
     else:
-        if dataset in FROM_VIEWER:
-            problems = read_jsonl(fetch_rows(*FROM_VIEWER[dataset], split or "test"))
-        elif dataset in DATASETS:
-            problems = read_jsonl(hf_hub_download("HuggingFaceH4/MATH-500", "test.jsonl", repo_type="dataset"))
-            problems = [problem for problem in problems if dataset in ("math", f"math-{problem.level}")]
-        elif Path(dataset).is_file():
-            problems = read_jsonl(dataset)
-        else:
-            raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
-        distinct = [*{problem.question: problem for problem in problems}.values()]
-        examples = distinct[:shots + 1]  # one more, for no problem is its own example
-        if len(examples) <= shots:
-            raise ValueError(f"{dataset} has too few rows ({len(problems)}) for {shots} examples; use fewer --shots")
-    if not shots:
-        return problems
-    return [replace(problem, examples=tuple([e for e in examples if e.question != problem.question][:shots]))
-            for problem in problems]
+        problems = pool = read_dataset(dataset, split or "test")
+    pool = [*{problem.question: problem for problem in pool}.values()][:shots + 1]  # one more: none is its own example
+    if len(pool) <= shots:
+        raise ValueError(f"{dataset} has too few questions ({len(pool)}) for {shots} examples; use fewer --shots")
+    return [with_examples(problem, pool, shots) for problem in problems]
+
+
+def read_dataset(dataset, split):
+    """The problems of a benchmark or a file."""
+    if dataset in FROM_VIEWER:
+        return read_jsonl(fetch_rows(*FROM_VIEWER[dataset], split))
+    if dataset in MATH:
+        problems = read_jsonl(hf_hub_download("HuggingFaceH4/MATH-500", "test.jsonl", repo_type="dataset"))
+        return [problem for problem in problems if dataset in ("math", f"math-{problem.level}")]
+    if Path(dataset).is_file():
+        return read_jsonl(dataset)
+    raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
+
+
+def with_examples(problem, pool, shots):
+    """The problem with the first `shots` others of the pool as worked examples."""
+    others = [other for other in pool if other.question != problem.question]
+    return replace(problem, examples=tuple(others[:shots]))
 
 
 def exact_match(prediction, answer):
