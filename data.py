@@ -14,6 +14,7 @@ DART-Math, arXiv 2407.13690.
 """
 import hashlib
 import json
+import math
 import random
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -91,7 +92,7 @@ def load(dataset, shots=0, split=None):
 
     Args:
       dataset: a name in DATASETS, or the path of a JSON Lines file.
-      shots: how many worked examples to put before each question.
+      shots: how many worked examples to put before each question: others of the dataset, of arithmetic training ones.
       split: "train", "validation" or "test", for benchmarks that have several; None means "test".
     Raises ValueError or OSError (huggingface_hub's errors are among these) that says what is wrong.
     """
@@ -196,14 +197,12 @@ def read_row(row, where, position):
         raise ValueError(f'{where}: no question; a row needs the text under "question" or "problem"')
     question, choices, texts = question.strip(), (), ()
     if "choices" in row:
-        try:
-            labels, texts = row["choices"]["label"], tuple(row["choices"]["text"])
-            if not isinstance(labels, list):  # a text would pass as a list of letters
-                raise TypeError
-            choices = tuple(map(str, labels))
-            question += listed(choices, texts)
-        except (TypeError, KeyError, ValueError):
-            raise ValueError(f'{where}: choices must be {{"text": [...], "label": [...]}}, of equal length') from None
+        match row["choices"]:
+            case {"text": [*texts], "label": [*labels]} if len(texts) == len(labels):
+                choices, texts = tuple(map(str, labels)), tuple(texts)
+            case _:
+                raise ValueError(f'{where}: choices must be {{"text": [...], "label": [...]}}, of equal length')
+        question += listed(choices, texts)
         answer = str(row.get("answerKey"))
         if answer not in choices:
             raise ValueError(f"{where}: answerKey {answer!r} is none of the choices {', '.join(choices)}")
@@ -211,7 +210,9 @@ def read_row(row, where, position):
         answer = row.get("answer")
         if isinstance(answer, str) and "####" in answer:  # GSM8K: the solution, then "#### 1,234"
             answer = answer.rpartition("####")[2].replace(",", "")
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+    if isinstance(answer, float) and not math.isfinite(answer):  # json reads NaN and Infinity, which are no JSON
+        answer = None
+    if type(answer) not in (str, int, float) or not str(answer).strip():
         raise ValueError(f'{where}: no answer; a row needs it under "answer", or "answerKey" with choices')
     return Problem(str(row.get("id", row.get("unique_id", position))), question, str(answer).strip(), choices,
                    texts, row.get("level"))
