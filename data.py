@@ -339,13 +339,8 @@ class Tokenizer:
 
 
 def read_json(path):
-    """The object in a JSON file, {} where there is no file."""
-    if not path.is_file():
-        return {}
+    """The content of a JSON file, {} where there is no file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch the checkpoint again")
-    return content

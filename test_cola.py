@@ -1114,15 +1114,17 @@ BAD_INPUT |= {
     "chat template fails": ("--no-chat", lambda tmp: template(tmp, "{{ raise_exception('no') }}")),
     "chat template malformed": ("--no-chat", lambda tmp: template(tmp, "{% if %}")),
     "chat template breaks out": ("--no-chat", lambda tmp: template(tmp, "{{ ''.__class__.__mro__ }}")),
+    "tokenizer settings not json": ("tokenizer_config.json", lambda tmp: template(tmp, "{", "tokenizer_config.json")),
+    "tokenizer settings no object": ("malformed", lambda tmp: template(tmp, "[]", "tokenizer_config.json")),
     "split without splits": ("--split", lambda tmp: ["--split", "train"]),
     "no batch": ("batch", lambda tmp: ["--batch", 0]),
     "negative cache": ("cache", lambda tmp: ["--cache-mb", -1]),
 }
 
 
-def template(tmp, text):
+def template(tmp, text, name="chat_template.jinja"):
     folder = write_checkpoint(tmp / "m")
-    (folder / "chat_template.jinja").write_text(text)
+    (folder / name).write_text(text)
     return ["--model", folder]
 
 
