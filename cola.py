@@ -28,41 +28,57 @@ TINY = Path(__file__).resolve().parent / "tiny"  # the embedded checkpoint
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line."""
+    """An ArgumentParser that shows its description as it is written, and complains in one line."""
+
+    def __init__(self, prog, description, **settings):
+        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **settings)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def parser():
-    p = Parser(prog="cola.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("cola.py", __doc__, usage="%(prog)s --sample-id N [options]")
     sample = p.add_argument_group("sample")
     sample.add_argument("--sample-id", type=int, required=True, metavar="N", help="position in the dataset, from 0")
     sample.add_argument("--chain", metavar="LAYERS", help="do not search, run this chain, such as 0-5,5,8-11")
-    add_arguments(p)
+    add_problem_arguments(p)
+    add_model_arguments(p)
+    add_search_arguments(p)
     return p
 
 
-def add_arguments(p):
-    """The arguments that the scripts share with cola.py."""
+def add_problem_arguments(p):
+    """What `data.load` is asked for, here and in scripts."""
     problems = p.add_argument_group("problems")
     problems.add_argument("--dataset", default="arithmetic", metavar="NAME",
                           help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
     problems.add_argument("--shots", type=int, default=0, metavar="N",
-                          help="worked examples before the question (default: 0)")
-    problems.add_argument("--split", metavar="NAME",
+                          help="worked examples before the question (default: %(default)s)")
+    problems.add_argument("--split", choices=["train", "validation", "test"], metavar="NAME",
                           help="train, validation or test, for arc and gsm8k (default: test)")
-    problems.add_argument("--no-chat", action="store_true", help="give a chat model the plain prompt of a base model")
+
+
+def add_model_arguments(p):
+    """What `load_checkpoint` and `Sample` are asked for, here and in scripts."""
     model = p.add_argument_group("model")
     model.add_argument("--model", default="tiny", metavar="NAME",
                        help="a checkpoint's folder, or its org/name on the hub (default: the embedded tiny)")
     model.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)")
+    model.add_argument("--no-chat", action="store_true", help="give a chat model the plain prompt of a base model")
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                       help="default: bfloat16 on cuda, float32 on cpu")
+    model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], metavar="NAME",
+                       help="float32, bfloat16 or float16 (default: bfloat16 on cuda, float32 on cpu)")
+    model.add_argument("--cache-mb", type=int, default=1024, metavar="N",
+                       help="megabytes of hidden states to keep from chain to chain (default: %(default)s)")
+
+
+def add_search_arguments(p):
+    """What `search` is asked for, here and in scripts."""
     search = p.add_argument_group("search")
-    search.add_argument("--search", choices=["uct", "random"], default="uct",
-                        help="random: a control, chains drawn from the default policy alone (default: uct)")
+    search.add_argument("--search", choices=["uct", "random"], default="uct", metavar="NAME",
+                        help="uct, or random: a control, chains drawn from the default policy alone (default: uct)")
     search.add_argument("--simulations", type=int, default=200, metavar="N",
                         help="distinct chains to evaluate (default: %(default)s)")
     search.add_argument("--depth-penalty", type=float, default=0.2, metavar="X",
@@ -74,9 +90,7 @@ def add_arguments(p):
                         help="layers that one step may go back (default: %(default)s)")
     search.add_argument("--batch", type=int, default=16, metavar="N",
                         help="chains to verify at a time (default: %(default)s)")
-    search.add_argument("--cache-mb", type=int, default=1024, metavar="N",
-                        help="megabytes of hidden states to keep (default: %(default)s)")
-    search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default: 0)")
+    search.add_argument("--seed", type=int, default=0, metavar="N", help="of all random draws (default: %(default)s)")
 
 
 def load_checkpoint(args):

@@ -956,6 +956,15 @@ def test_command_end_to_end(tmp_path):
     assert f"best      '{problem.answer}', right, depth {len(cola.parse_chain(chain, 12))} (full: 12)" in done.stdout
 
 
+@pytest.mark.parametrize("program", [cola, compare_search, export, fit, report, study, transfer],
+                         ids=lambda program: program.__name__)
+def test_help_shows_examples_and_tells_what_every_option_is(program):
+    parser = program.parser()
+    text = parser.format_help()
+    assert f"    {'python ' if program is cola else ''}{parser.prog} " in text and "None" not in text
+    assert all(action.help for action in parser._actions)
+
+
 def test_command_runs_one_chain(capsys):
     code, out, err = run_main(capsys, "--sample-id", 0, "--chain", "0-5,5,8-11")
     assert (code, err) == (None, "")
@@ -1117,6 +1126,7 @@ BAD_INPUT |= {
     "tokenizer settings not json": ("tokenizer_config.json", lambda tmp: template(tmp, "{", "tokenizer_config.json")),
     "tokenizer settings no object": ("malformed", lambda tmp: template(tmp, "[]", "tokenizer_config.json")),
     "split without splits": ("--split", lambda tmp: ["--split", "train"]),
+    "split unknown": ("'validation'", lambda tmp: ["--dataset", "gsm8k", "--split", "dev"]),
     "no batch": ("batch", lambda tmp: ["--batch", 0]),
     "negative cache": ("cache", lambda tmp: ["--cache-mb", -1]),
 }

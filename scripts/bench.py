@@ -25,7 +25,6 @@ from tqdm import tqdm
 import data
 import mcts
 from model import Verifier, fetch
-from scripts import common
 
 try:
     import transformers
@@ -171,13 +170,17 @@ def main(args):
 
 
 def parser():
-    p = common.parser("bench", __doc__)
+    p = cola.Parser("python -m scripts.bench", __doc__, usage="%(prog)s [options]", conflict_handler="resolve")
+    cola.add_model_arguments(p)
+    cola.add_search_arguments(p)
     p.set_defaults(no_chat=True)
     bench = p.add_argument_group("bench")
     bench.add_argument("--model", dest="models", action="append", default=["tiny"], metavar="NAME",
-                       help="a checkpoint besides tiny")
-    bench.add_argument("--arc", default="arc-easy", metavar="NAME", help="ARC for it, or a file (default: arc-easy)")
-    bench.add_argument("--subset", type=int, default=32, metavar="N", help="chains of (a), (b), (c) (default: 32)")
+                       help="a checkpoint to measure besides tiny")
+    bench.add_argument("--arc", default="arc-easy", metavar="NAME",
+                       help="a dataset for it besides arithmetic-1 (default: %(default)s)")
+    bench.add_argument("--subset", type=int, default=32, metavar="N",
+                       help="chains a sample for (a), (b) and (c) (default: %(default)s)")
     return p
 
 

@@ -1,5 +1,4 @@
 """What several scripts share: their arguments, intervals for their tables, and the lines of a study."""
-import argparse
 import glob
 import gzip
 import json
@@ -12,11 +11,12 @@ import cola
 Z = 1.96  # standard deviations of a normal distribution that hold 95 %
 
 
-def parser(name, doc):
+def parser(name, doc, usage="%(prog)s [options]"):
     """A parser with cola.py's arguments for many samples; a script may define any of them anew."""
-    p = cola.Parser(prog=f"python -m scripts.{name}", description=doc, conflict_handler="resolve",
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    cola.add_arguments(p)
+    p = cola.Parser(f"python -m scripts.{name}", doc, usage=usage, conflict_handler="resolve")
+    cola.add_problem_arguments(p)
+    cola.add_model_arguments(p)
+    cola.add_search_arguments(p)
     return p
 
 

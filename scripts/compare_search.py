@@ -75,10 +75,11 @@ def tables(args):
 def parser():
     p = common.parser("compare_search", __doc__)
     table = p.add_argument_group("table")
-    table.add_argument("--table", choices=["searches", "ablation", "special"], default="searches",
-                       help="default: %(default)s")
+    table.add_argument("--table", choices=["searches", "ablation", "special"], default="searches", metavar="NAME",
+                       help="searches, ablation or special (default: %(default)s)")
     table.add_argument("--only", nargs="+", metavar="ROW", help="rows of the table to make, by their names in it")
-    table.add_argument("--samples", default="0:250", metavar="FIRST:END", help="default: %(default)s")
+    table.add_argument("--samples", default="0:250", metavar="FIRST:END",
+                       help="samples to search (default: %(default)s)")
     table.add_argument("--simulations", type=int, nargs="+", default=[50, 200], metavar="N",
                        help="distinct chains a sample, one or several budgets (default: 50 200)")
     return p

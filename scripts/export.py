@@ -1,12 +1,12 @@
 """Writes a chain of layers as an ordinary Hugging Face checkpoint, whose layers are the chain's steps in order.
 
+    python -m scripts.export --chain 0-5,5,8-11 --out path/to/new
     python -m scripts.export --model org/name --chain 0-8,11-20,18-29 --out path/to/new
 
 A layer that the chain loops is written once for each time: every step is a layer of its own, with its own keys and
 values. Weights are copied unchanged, each file to one of the same name, which loops make larger. config.json is
 written last: a folder without it is an export that was broken off.
 """
-import argparse
 import json
 import re
 import shutil
@@ -128,12 +128,11 @@ def export(model, chain, out, revision=None, note=""):
 
 
 def parser():
-    p = cola.Parser(prog="python -m scripts.export", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cola.Parser("python -m scripts.export", __doc__)
     p.add_argument("--model", default="tiny", metavar="NAME",
                    help="a checkpoint's folder, or its org/name on the hub (default: the embedded tiny)")
     p.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)")
-    p.add_argument("--chain", required=True, metavar="LAYERS", help="such as 0-5,5,8-11")
+    p.add_argument("--chain", required=True, metavar="LAYERS", help="the chain to write, such as 0-5,5,8-11")
     p.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, new or empty")
     return p
 

@@ -10,7 +10,6 @@ tradeoff: what accuracy a mean depth allows to one who knows for each sample whi
   best chain if the reward 1 - penalty * depth / n_layers is above that of the shortest chain evaluated, wrong though
   that be, and else the latter. Along a curve the penalty rises to the left, as numbered; the square is the full model.
 """
-import argparse
 import math
 import sys
 from collections import Counter
@@ -32,8 +31,7 @@ BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#bbbbbb"
 
 
 def parser():
-    p = cola.Parser(prog="python -m scripts.figures", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cola.Parser("python -m scripts.figures", __doc__)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what scripts.study wrote, .jsonl or .jsonl.gz")
     p.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where to (default: here)")
     return p

@@ -20,7 +20,6 @@ Intervals are of 95 %: Wilson for a share, normal for a mean (after ±), Newcomb
 each of its difficulties, the levels 1 to 5; samples without a level stand under their dataset's name. Its loader passes
 over chains that are not made of blocks of up to 4 layers skipped, kept or run twice.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -33,8 +32,7 @@ CLAIMS = {"finding 1: right samples with a shorter chain": "> 75 %", "finding 2:
 
 
 def parser():
-    p = cola.Parser(prog="python -m scripts.report", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cola.Parser("python -m scripts.report", __doc__)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what scripts.study wrote, .jsonl or .jsonl.gz")
     p.add_argument("--polar", type=Path, metavar="DIR", help="also write training data of PoLar here")
     return p

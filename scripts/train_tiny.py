@@ -7,18 +7,17 @@ A 12-layer decoder learns the sums that data.py generates, of 2 to 5 numbers: le
 are longer than anything it sees here, and test problems are never trained on, at any level. Every step's batch follows
 from the seed and the number of the step. The state is saved now and then; the same command goes on from there.
 """
-import argparse
 import json
 import random
 from pathlib import Path
 
+import cola  # before torch, as it silences a warning
 import torch
 from safetensors import TensorSpec, safe_open, serialize_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm import trange
 
-import cola
 import data
 from model import Config, Llama
 
@@ -117,17 +116,17 @@ def print_accuracy(folder, levels):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m scripts.train_tiny", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("tiny"), help="folder of the checkpoint (default: tiny)")
-    parser.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"),
+    parser = cola.Parser("python -m scripts.train_tiny", __doc__)
+    parser.add_argument("--out", type=Path, default=Path("tiny"), metavar="FOLDER",
+                        help="where to write the checkpoint (default: %(default)s)")
+    parser.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"), metavar="FILE",
                         help="where to go on from (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--limit", type=int, default=data.NUMBERS_BELOW,
+    parser.add_argument("--layers", type=int, default=12, metavar="N", help="of the model (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=data.NUMBERS_BELOW, metavar="N",
                         help="numbers are below it (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=7000, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=256, help="problems a step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--steps", type=int, default=7000, metavar="N", help="to train (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=256, metavar="N", help="problems a step (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and sums (default: %(default)s)")
     args = parser.parse_args()
     if args.limit < 10:
         parser.error("--limit must be 10 or more, or there are too few problems to test on")

@@ -5,7 +5,8 @@
 
 A row holds the best chains of one level's samples, a column the samples of one level, a cell the share in % of these
 that such a chain answers right: its mean over the chains, with the 95 % interval. No chain is tried on its own sample.
-The last row is the full model. Model and dataset are those of the study, unless given.
+The last row is the full model. Model, dataset, shots and prompt are those of the study; give --model and --dataset where
+these lie elsewhere.
 """
 from pathlib import Path
 
@@ -20,9 +21,11 @@ CHAINS = 64  # that run as one batch
 
 
 def parser():
-    p = common.parser("transfer", __doc__)
+    p = cola.Parser("python -m scripts.transfer", __doc__, usage="%(prog)s FILE [options]", conflict_handler="resolve")
     p.add_argument("file", type=Path, metavar="FILE", help="what scripts.study wrote, .jsonl or .jsonl.gz")
-    p.set_defaults(model=None, dataset=None)
+    p.add_argument("--dataset", metavar="NAME", help="as for the study (default: the study's)")
+    cola.add_model_arguments(p)
+    p.add_argument("--model", metavar="NAME", help="as for the study (default: the study's)")
     return p
 
 
