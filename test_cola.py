@@ -900,16 +900,33 @@ def test_what_cannot_be_exported_ends_in_one_line(says, arguments, capsys, monke
                                          ("2,1,0", (2, 1, 0)), ("0-1,0-1", (0, 1, 0, 1))])
 def test_chains_are_read_and_written(text, chain):
     assert cola.parse_chain(text, 12) == chain and cola.format_chain(chain) == text
+    assert cola.parse_chain(f" {text.replace('-', ' - ').replace(',', ' , ')} ", 12) == chain
+
+
+def test_a_chain_that_cannot_be_read_is_refused():
+    for text, says in [("0-", "'0-'"), ("-3", "'-3'"), ("5-3", "'5-3'"), ("1 1", "'1 1'"), ("0-3-5", "'0-3-5'"),
+                       ("1,,2", "''"), ("²", "'²'"), ("12", "layer 12 .* 0 to 11"), ("0-12", "layer 12 .* 0 to 11")]:
+        with pytest.raises(ValueError, match=says):
+            cola.parse_chain(text, 12)
+    assert cola.parse_chain("11-11", 12) == (11,)
 
 
 def test_drawing_shows_skips_loops_and_cuts():
     assert cola.draw((0, 1, 3, 2, 3), 6) == ["layers   0 1 2 3 4 5",
                                              "first    0 1 . 3",
                                              "then         2 3 x x"]
+    assert cola.draw((1, 3, 0, 1, 1), 4)[1:] == ["first    . 1 . 3", "then     0 1", "then       1"]
     assert cola.draw((), 2) == ["layers   0 1", "first    x x"]
+    assert cola.draw((9,), 10)[0] == "layers   0 1 2 3 4 5 6 7 8 9"
+    assert cola.draw((9,), 11)[0] == "layers    0  1  2  3  4  5  6  7  8  9 10"
+
+
+def test_explanations_name_skips_loops_reorders_and_cuts():
     assert cola.explain((0, 1, 3, 3), 6) == "skips 2; loops 3; cuts off 4-5"
     assert cola.explain((0, 2, 1, 3, 2), 4) == "loops 2; reorders 1"
+    assert cola.explain((0, 4, 2, 1, 3), 5) == "reorders 1-3"
     assert cola.explain(range(6), 6) == "every layer once"
+    assert cola.explain((), 3) == "cuts off 0-2"
 
 
 def test_stop_ids_are_the_end_token_and_new_lines(tiny):
