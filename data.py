@@ -109,7 +109,8 @@ def load(dataset, shots=0, split=None):
     pool = [*{problem.question: problem for problem in pool}.values()][:shots + 1]  # one more: none is its own example
     if len(pool) <= shots:
         raise ValueError(f"{dataset} has too few questions ({len(pool)}) for {shots} examples; use fewer --shots")
-    return [with_examples(problem, pool, shots) for problem in problems]
+    return [replace(problem, examples=tuple(other for other in pool if other.question != problem.question)[:shots])
+            for problem in problems]
 
 
 def read_dataset(dataset, split):
@@ -122,12 +123,6 @@ def read_dataset(dataset, split):
     if Path(dataset).is_file():
         return read_jsonl(dataset)
     raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
-
-
-def with_examples(problem, pool, shots):
-    """The problem with the first `shots` others of the pool as worked examples."""
-    others = [other for other in pool if other.question != problem.question]
-    return replace(problem, examples=tuple(others[:shots]))
 
 
 def exact_match(prediction, answer):
@@ -171,6 +166,7 @@ def by_turns(lists):
 # JSON Lines: one row a line, in any of the forms that `read_row` knows.
 
 def read_jsonl(path):
+    """The problems of a file. Raises ValueError that names the line and says what it needs."""
     problems = []
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -230,10 +226,10 @@ def fetch_rows(repo, config, split):
     with tqdm(desc=f"{repo} {split}", unit="row", disable=None) as bar:
         while len(rows) < total:
             query = {"dataset": repo, "config": config, "split": split, "offset": len(rows), "length": 100}
-            answer = get_session().get(f"{viewer}/rows", params=query, headers=build_hf_headers(), timeout=30)
-            hf_raise_for_status(answer)
+            response = get_session().get(f"{viewer}/rows", params=query, headers=build_hf_headers(), timeout=30)
+            hf_raise_for_status(response)
             try:
-                page = answer.json()
+                page = response.json()
                 total = bar.total = page["num_rows_total"]
                 in_order = [row["row_idx"] for row in page["rows"]] == [*range(len(rows), min(total, len(rows) + 100))]
                 rows += [row["row"] for row in page["rows"]]
