@@ -237,7 +237,7 @@ def search_chain(args, sample):
         say_answer("best", sample, best)
         say_chain(best, n_layers)
     if discarded:
-        say("discarded", f"{discarded} better chains whose answer plain generation did not confirm")
+        say("discarded", f"{discarded} chains whose answer plain generation did not confirm")
 
 
 def run(args):

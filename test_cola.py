@@ -2,6 +2,7 @@
 import copy
 import gzip
 import inspect
+import io
 import itertools
 import json
 import os
@@ -929,6 +930,25 @@ def test_explanations_name_skips_loops_reorders_and_cuts():
     assert cola.explain((), 3) == "cuts off 0-2"
 
 
+def test_an_answer_is_generated_as_far_as_tells_right_from_wrong(tiny, monkeypatch):
+    """A letter is complete as it stands; any other answer has to end, and a long one is not cut off."""
+    problem, asked, stop = data.Problem("", "3 + 4?", "7"), [], tiny[1].stop
+    monkeypatch.setattr(Llama, "generate", lambda self, *given: asked.append(given) or tiny[1].encode_text(" 7 "))
+    for problem, limit, stop in [(CHOICE, 2, None), (problem, 32, stop), (replace(problem, answer="7" * 50), 52, stop)]:
+        sample = cola.Sample(*tiny, problem)
+        assert sample.answer((0, 2)) == ("7", problem.answer == "7")
+        assert asked.pop() == (sample.prompt, (0, 2), limit, stop)  # tiny has a token for each digit and blank
+
+
+def test_a_model_has_all_tokens_of_the_prompt(tiny):
+    problem = data.load("arithmetic")[0]
+    sample = cola.Sample(*tiny, problem)
+    highest = max(sample.prompt)
+    assert highest > max(sample.target) and cola.Sample(random_model(vocab_size=highest + 1), tiny[1], problem)
+    with pytest.raises(ValueError, match="more tokens than the model"):
+        cola.Sample(random_model(vocab_size=highest), tiny[1], problem)
+
+
 def test_stop_ids_are_the_end_token_and_new_lines(tiny):
     tokenizer = tiny[1]
     assert {0, *tokenizer.encode_text("\n"), *tokenizer.encode_text("\nAnswer:")} <= tokenizer.stop
@@ -982,24 +1002,42 @@ def test_help_shows_examples_and_tells_what_every_option_is(program):
     assert all(action.help for action in parser._actions)
 
 
-def test_command_runs_one_chain(capsys):
-    code, out, err = run_main(capsys, "--sample-id", 0, "--chain", "0-5,5,8-11")
-    assert (code, err) == (None, "")
-    assert re.search(r"^answer +'.*', (right|wrong), depth 11 \(full: 12\)$", out, re.MULTILINE)
-    assert "skips 6-7; loops 5" in out
+def test_command_runs_one_chain(tiny, capsys):
+    sample = cola.Sample(*tiny, data.load("arithmetic")[0])
+    text, right = sample.answer((0, 1, 2, 3, 4, 5, 5, 8, 9, 10))
+    assert run_main(capsys, "--sample-id", 0, "--device", "cpu", "--chain", "0-5,5,8-10") == (None, f"""\
+model     tiny: 12 layers, 0.6M parameters, cpu, float32
+sample    arithmetic 0 (arithmetic-1/0), plain prompt of {len(sample.prompt)} tokens
+question  {sample.problem.question}
+gold      {sample.problem.answer}
+answer    {text!r}, {'right' if right else 'wrong'}, depth 10 (full: 12)
+chain     0-5,5,8-10
+          skips 6-7; loops 5; cuts off 11
+          layers    0  1  2  3  4  5  6  7  8  9 10 11
+          first     0  1  2  3  4  5
+          then                     5  .  .  8  9 10  x
+""", "")
+    assert "\nchain\n          cuts off 0-11\n" in run_main(capsys, "--sample-id", 0, "--chain", "")[1]
 
 
 def test_command_says_plainly_when_nothing_was_found(capsys, tmp_path):
     (tmp_path / "odd.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "neither"}')
     code, out, err = run_main(capsys, "--sample-id", 0, "--dataset", tmp_path / "odd.jsonl", "--simulations", 20)
     assert (code, err) == (None, "") and "no chain that answers right was found" in out
+    assert "20 chains evaluated, 0 right" in out and "discarded" not in out
 
 
-def test_best_chains_that_generation_does_not_confirm_are_discarded(capsys, monkeypatch):
+def test_best_chains_that_generation_does_not_confirm_are_discarded(tiny, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(Verifier, "__call__", lambda self, chains: [True] * len(chains))
-    code, out, err = run_main(capsys, "--sample-id", 0)
-    assert (code, err) == (None, "") and re.search("^best +'.*', right", out, re.MULTILINE)
-    assert "better chains whose answer plain generation did not confirm" in out
+    sample = cola.Sample(*tiny, data.load("arithmetic")[0])
+    right = mcts.search(sample.verify, 12, 40).right()
+    discarded = [sample.answer(chain)[1] for chain in right].index(True)
+    out = run_main(capsys, "--sample-id", 0, "--simulations", 40, "--device", "cpu")[1]
+    assert f"chain     {cola.format_chain(right[discarded])}\n" in out and discarded > 0
+    assert f"discarded {discarded} chains whose answer plain generation did not confirm\n" in out
+    (tmp_path / "odd.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "neither"}')
+    out = run_main(capsys, "--sample-id", 0, "--dataset", tmp_path / "odd.jsonl", "--simulations", 20)[1]
+    assert "best      none" in out and "discarded 20 chains" in out
 
 
 def test_command_has_a_random_control_and_a_seed(capsys):
@@ -1008,7 +1046,7 @@ def test_command_has_a_random_control_and_a_seed(capsys):
         code, out, err = run_main(capsys, "--sample-id", 12, "--simulations", 40, *more)
         assert (code, err) == (None, "") and "40 chains evaluated" in out
         steps.add(re.search("([0-9]+) layer steps run for the ([0-9]+)", out).groups())
-    assert len(steps) == 3
+    assert len(steps) == 3 and all(int(run) < int(asked) for run, asked in steps)
 
 
 def test_the_settings_reach_the_search(monkeypatch):
@@ -1020,12 +1058,16 @@ def test_the_settings_reach_the_search(monkeypatch):
         "score": len, "n_layers": 12, "seed": 7, "learn": True, **dict(zip(names, values))}
 
 
-def test_dtype_cache_and_no_chat_reach_the_sample(tmp_path):
-    arguments = ["--sample-id", "0", *map(str, template(tmp_path, CHATML)), "--dtype", "bfloat16", "--cache-mb", "3"]
+def test_shots_dtype_cache_and_no_chat_reach_the_sample(tmp_path, capsys):
+    arguments = ["--sample-id", "0", *map(str, template(tmp_path, CHATML)), "--shots", "2", "--dtype", "bfloat16",
+                 "--cache-mb", "3"]
     for more, chat in ([], True), (["--no-chat"], False):
         sample = cola.load_sample(cola.parser().parse_args(arguments + more))
         assert sample.model.lm_head.weight.dtype == torch.bfloat16 and sample.verify.free_bytes == 3 * 2**20
         assert sample.tokenizer.chat == chat and ("<|im_start|>" in sample.tokenizer.decode(sample.prompt)) == chat
+        assert len(sample.problem.examples) == 2
+        out = run_main(capsys, *arguments, *more, "--chain", "0")[1]
+        assert f"{'chat' if chat else 'plain'} prompt of {len(sample.prompt)} tokens" in out
 
 
 @pytest.mark.parametrize("table", ["searches", "ablation", "special"])
@@ -1203,6 +1245,35 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(name, capsys, tmp_path):
     says, arguments = BAD_INPUT[name]
     code, out, err = run_main(capsys, "--sample-id", 0, "--simulations", 5, *arguments(tmp_path))
     assert code == 2 and err.startswith("cola.py: ") and err.count("\n") == 1 and says in err
+
+
+@pytest.mark.parametrize("error, code, says", [
+    (ValueError("two\nlines"), 2, "two lines"), (OSError(28, "No space"), 2, "No space"),
+    (torch.OutOfMemoryError("CUDA"), 2, "--cache-mb or --batch"), (KeyboardInterrupt(), 130, "interrupted")])
+def test_every_error_ends_in_one_line_and_a_code(error, code, says, capsys):
+    def fail():
+        raise error
+    with pytest.raises(SystemExit) as end:
+        cola.exit_on_error("cola.py", fail)
+    err = capsys.readouterr().err
+    assert end.value.code == code and err.startswith("cola.py: ") and err.count("\n") == 1 and says in err
+
+
+def test_a_reader_of_the_output_may_go(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", open(write, "w"))
+    with pytest.raises(SystemExit, match="141"):
+        cola.exit_on_error("cola.py", print, "to nobody")
+    sys.stdout.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_may_lack_characters_of_the_question(monkeypatch, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 \u00d7 2?", "answer": "2"}', encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    cola.main(["--sample-id", "0", "--dataset", str(tmp_path / "rows.jsonl"), "--chain", "0"])
+    assert b"question  1 ? 2?\n" in sys.stdout.buffer.getvalue()
 
 
 # scripts/study.py, scripts/report.py, scripts/figures.py
