@@ -101,15 +101,16 @@ def load_checkpoint(args):
 
 
 def parse_chain(text, n_layers):
-    """"0-5,5,8-11" to a tuple of layers; an empty text is the empty chain."""
+    """"0-5,5,8-11" to a tuple of layers; an empty text is the empty chain. Raises ValueError for any other form."""
     chain = []
     for part in text.split(",") if text.strip() else []:
         first, dash, last = map(str.strip, part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise ValueError(f"chain {text!r} has a malformed part {part!r}; write layers and ranges: 0-5,5,8-11")
-        if int(last or first) >= n_layers:
-            raise ValueError(f"layer {last or first} does not exist; the model has layers 0 to {n_layers - 1}")
-        chain += range(int(first), int(last or first) + 1)
+        if int(last) >= n_layers:
+            raise ValueError(f"layer {last} does not exist; the model has layers 0 to {n_layers - 1}")
+        chain += range(int(first), int(last) + 1)
     return tuple(chain)
 
 
@@ -155,23 +156,30 @@ def draw(chain, n_layers):
 def explain(chain, n_layers):
     """What a chain does to the layers, in words."""
     top = max(chain, default=-1)
+    late = [layer for i, layer in enumerate(chain) if layer not in chain[:i] and layer < max(chain[:i], default=0)]
     said = [("skips", [layer for layer in range(top) if layer not in chain]),
             ("loops", sorted({layer for layer in chain if chain.count(layer) > 1})),
-            ("reorders", sorted(layer for i, layer in enumerate(chain) if layer < max(chain[:i], default=0)
-                                and layer not in chain[:i])),
+            ("reorders", sorted(late)),
             ("cuts off", range(top + 1, n_layers))]
     return "; ".join(f"{verb} {format_chain(layers)}" for verb, layers in said if layers) or "every layer once"
 
 
 class Sample:
-    """A problem as one model sees it: its tokens, the answers that chains give, and the verifier for the search."""
+    """A problem as one model sees it.
+
+    Attributes:
+      prompt, target: token ids of the prompt and of the right answer after it.
+      stop: set of ids that end an answer; None where it is complete as it stands, being a letter.
+      verify: the Verifier, which tells of a list of chains which are right.
+    Raises ValueError where the tokenizer is not the model's, or the prompt is too long.
+    """
 
     def __init__(self, model, tokenizer, problem, cache_mb=1024):
         self.model, self.tokenizer, self.problem = model, tokenizer, problem
         self.prompt, self.target = tokenizer.encode(problem)
         if max(self.prompt + self.target) >= model.config.vocab_size:
             raise ValueError("the tokenizer has more tokens than the model; fetch the checkpoint again")
-        self.stop = None if problem.choices else tokenizer.stop  # a letter is complete as it stands
+        self.stop = None if problem.choices else tokenizer.stop
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb)
 
     def answer(self, chain):
@@ -191,7 +199,7 @@ def load_sample(args):
 
 def say(label, text):
     """Prints text with a label in the left margin."""
-    for line in text.splitlines() or [""]:
+    for line in text.splitlines():
         print(f"{label:10}{line}".rstrip())
         label = ""
 
@@ -241,9 +249,11 @@ def search_chain(args, sample):
 
 
 def run(args):
+    """Does what the command does."""
     sample = load_sample(args)
-    model, problem, weight = sample.model, sample.problem, sample.model.lm_head.weight
-    n_layers, size = model.config.num_hidden_layers, sum(parameter.numel() for parameter in model.parameters())
+    model, problem = sample.model, sample.problem
+    n_layers, weight = model.config.num_hidden_layers, model.lm_head.weight
+    size = sum(parameter.numel() for parameter in model.parameters())
     chain = None if args.chain is None else parse_chain(args.chain, n_layers)
     say("model", f"{args.model}: {n_layers} layers, {size / 1e6:.1f}M parameters, {weight.device}, "
                  f"{str(weight.dtype).removeprefix('torch.')}")
@@ -276,10 +286,10 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
-def exit_on_error(program, run, *arguments):
+def exit_on_error(program, command, *arguments):
     """Runs a command; what is wrong with its input ends in one line on stderr and exit code 2."""
     try:
-        run(*arguments)
+        command(*arguments)
         sys.stdout.flush()  # or a reader that has gone is noticed too late
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
