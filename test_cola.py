@@ -526,12 +526,23 @@ def test_worked_examples_never_come_from_the_test_problems():
         assert not any(map(data.is_test, examples))
 
 
+def test_worked_examples_are_the_first_distinct_others(tmp_path):
+    rows = [{"question": question, "answer": "1"} for question in ("a", "a", "b", "c")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = data.load(str(tmp_path / "rows.jsonl"), shots=2)
+    assert [[example.question for example in problem.examples] for problem in problems] == [
+        ["b", "c"], ["b", "c"], ["a", "c"], ["a", "b"]]
+
+
 ROWS = {
     "arc": ({"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"},
             "Question: Hot?\nA. ice\nB. fire\nAnswer:", "B"),
     "math": ({"problem": "What is $1+1$?", "answer": "2", "level": 1}, "Question: What is $1+1$?\nAnswer:", "2"),
     "gsm8k": ({"question": "How many?", "answer": "3 * 6 = 18\n#### 1,018"}, "Question: How many?\nAnswer:", "1018"),
     "plain": ({"question": "1 + 1?", "answer": 2}, "Question: 1 + 1?\nAnswer:", "2"),
+    "decimal": ({"question": "1 / 2?", "answer": 0.5}, "Question: 1 / 2?\nAnswer:", "0.5"),
+    "numbered": ({"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": [1, 2]}, "answerKey": 2},
+                 "Question: Hot?\n1. ice\n2. fire\nAnswer:", "2"),
 }
 
 
@@ -544,7 +555,7 @@ def test_rows_of_every_form(form, tmp_path):
     file.write_text("\n".join(rows), encoding="utf-8-sig")
     first, second, last = data.load(str(file))
     assert (first.prompt, first.answer, last.id) == (prompt, answer, "last")
-    assert bool(first.choices) == (form == "arc") and first.level == row.get("level")
+    assert bool(first.choices) == ("choices" in row) and first.level == row.get("level")
     assert [problem.prompt for problem in data.load(str(file), shots=1)] == [
         f"{second.prompt} {answer}\n\n{prompt}", f"{prompt} {answer}\n\n{second.prompt}",
         f"{prompt} {answer}\n\n{last.prompt}"]
@@ -907,7 +918,7 @@ def test_chains_are_read_and_written(text, chain):
 
 def test_a_chain_that_cannot_be_read_is_refused():
     for text, part in [("0-", "0-"), ("-3", "-3"), ("5-3", "5-3"), ("1 1", "1 1"), ("0-3-5", "0-3-5"), ("1,,2", ""),
-                       ("1,²", "²")]:
+                       ("²-3", "²-3"), ("0-²", "0-²")]:
         with pytest.raises(ValueError, match=f"malformed part '{part}'"):
             cola.parse_chain(text, 12)
     for text in ("12", "0-12"):
