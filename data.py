@@ -29,7 +29,8 @@ from tokenizers import Tokenizer as RustTokenizer
 TERMS_OF_LEVEL = {1: 3, 2: 4, 3: 5, 4: 6, 5: 7}  # arithmetic: how many numbers a problem of each level adds up
 NUMBERS_BELOW = 20  # so 0 to 19
 N_PROBLEMS = 2000  # in each arithmetic dataset
-ARITHMETIC = {"arithmetic": [*TERMS_OF_LEVEL]} | {f"arithmetic-{level}": [level] for level in TERMS_OF_LEVEL}  # levels
+ARITHMETIC = {"arithmetic": [*TERMS_OF_LEVEL],  # dataset: its levels
+              **{f"arithmetic-{level}": [level] for level in TERMS_OF_LEVEL}}
 FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read by the hub's dataset viewer: repository, config
                "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge"),
                "gsm8k": ("openai/gsm8k", "main")}
