@@ -83,7 +83,7 @@ def add_search_arguments(p):
                         help="distinct chains to evaluate (default: %(default)s)")
     search.add_argument("--depth-penalty", type=float, default=0.2, metavar="X",
                         help="what the full depth costs; a right answer is worth 1 (default: %(default)s)")
-    search.add_argument("--exploration", type=float, default=2.0, metavar="C",
+    search.add_argument("--exploration", type=float, default=8.0, metavar="C",
                         help="constant of the upper confidence bound (default: %(default)s)")
     search.add_argument("--max-skip", type=int, metavar="N", help="layers that one step may skip (default: any number)")
     search.add_argument("--max-loop", type=int, default=4, metavar="N",

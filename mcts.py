@@ -10,7 +10,7 @@ less than that loops, more skips; stopping before the last layer is an early exi
 That is UCT [1] with priors in the bound [2]. What we added, each measured in the README:
   - The default policy follows the best chain found so far. Now and then it leaves it, to skip, loop or stop, and goes
     on with it from where it meets it again. Its probabilities are the priors of the tree.
-  - A rollout that comes to a known chain is drawn again: a chain's score does not change. Where that seldom helps, the
+  - A rollout that comes to a known chain is drawn again: a chain's score does not change. Where that does not help, the
     default policy leaves the best chain more often.
   - A chain so deep that even a full score would not make it the best is not evaluated (branch and bound).
   - When a better chain is found, or one as good, the tree starts anew around it.
@@ -25,11 +25,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers steps; of these,
-EXIT = 0.05  # the share that stops,
-LOOP, EARLY_LOOP = 0.25, 0.65  # that loops, once something is right and before; the rest skips
-ELSEWHERE = 0.3  # weight of a skip to a layer that is not in the rest of the best chain; to one that is: 1
+LOOP, EARLY_LOOP = 0.25, 0.65  # the share that loops, once something is right and before; the rest skips or stops
 TRIES = 10  # rollouts from a node, until one gives a chain that is not known
-WIDEN = 2  # factor on EDITS each time that these tries mostly fail
+WIDEN = 1.05  # factor on the probability of leaving the best chain each time that all these gave known chains
 MATURE = 8  # visits from which a node chooses among its children: the mean of fewer rewards says little
 
 
@@ -74,55 +72,65 @@ class Node:
         self.children, self.visits, self.value, self.closed = {}, 0, 0.0, False
 
 
+@dataclass
+class Policy:
+    """The default policy after a prefix.
+
+    Attributes:
+      follow: the action that goes on with the best chain.
+      away: {action: its probability once the best chain is left}, `follow` first, the others likeliest first.
+      cumulative: the cumulative sums of these probabilities.
+      positions: {action: the position in the best chain that it leads to}.
+    """
+    follow: int
+    away: dict
+    cumulative: list
+    positions: dict
+
+
 class Search:
     """The state of a search; arguments as in `search`. An action is a layer to append, or `stop`.
 
     Attributes:
       best: the chain that the default policy follows: the best so far, until one is right the full-depth chain.
       limit: the depth beyond which not even a full score would make a chain the best.
-      loop, leave: LOOP or EARLY_LOOP; probability of leaving the best chain at a step.
+      loop: LOOP or EARLY_LOOP.
+      leave: probability of leaving the best chain at a step.
       known: the chains that were evaluated or are about to be.
-      policies: what `policy` returned, until `best`, `loop` or `leave` changes.
+      policies: {(last layer, position in the best chain): Policy}.
     """
 
-    def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop):
+    def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, learn):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
         self.stop = n_layers  # as if it were one layer more: in a full-depth chain the step after the last
-        self.rng, self.result = random.Random(seed), Result({}, n_layers, depth_penalty)
-        self.best, self.limit, self.mature = tuple(range(n_layers)), 2 * n_layers, MATURE
-        self.root, self.loop, self.known = Node(), EARLY_LOOP, {self.best}
-        self.leave_with(EDITS / n_layers)
+        self.rng, self.result, self.learn = random.Random(seed), Result({}, n_layers, depth_penalty), learn
+        self.limit, self.loop = 2 * n_layers, EARLY_LOOP
+        self.restart(tuple(range(n_layers)))
+        self.known = {self.best}
 
-    def leave_with(self, probability):
-        self.leave, self.policies = min(0.5, probability), {}
-        self.log_stay = math.log(1 - self.leave)
+    def restart(self, chain):
+        """Follows another chain, with a new tree: what nodes say of the ways around the one before is out of date."""
+        self.best, self.root, self.leave, self.policies = chain, Node(), min(0.5, EDITS / self.n_layers), {}
 
     def window(self, last):
         """The layers that may be appended after the layer `last` (-1 before the first)."""
         return range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
 
     def policy(self, last, position):
-        """The default policy after the layer `last`, come to a position of the best chain.
-
-        Returns {action: probability}, the likeliest first; {action: the position it leads to}; and, for when the best
-        chain is left, a list of (action, position) and their cumulative probabilities.
-        """
-        stop, ahead = self.stop, self.best[position:]
-        follow = ahead[0] if ahead else stop
-        window = self.window(last)
-        loops = {layer: 1 / (follow - layer) for layer in window if layer < follow}
-        skips = {layer: (1 if layer in ahead else ELSEWHERE) / (layer - follow) for layer in window if layer > follow}
-        exits = {stop: 1} if follow < stop else {}
-        away = {}
-        for share, kind in (self.loop, loops), (1 - self.loop - EXIT, skips), (EXIT, exits):
-            away |= {action: share * weight / sum(kind.values()) for action, weight in kind.items()}
-        away[follow] = max(0, 1 - sum(away.values()))  # the share of kinds that are not open here
-        priors = {action: self.leave * probability for action, probability in away.items()}
-        priors[follow] += 1 - self.leave
-        priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
-        positions = {action: self.rejoin(action, position) for action in priors}
-        moves = [(action, positions[action]) for action in away]
-        self.policies[last, position] = priors, positions, moves, [*accumulate(away.values())]
+        """The Policy after the layer `last`, come to a position in the best chain."""
+        if (last, position) not in self.policies:
+            follow = self.best[position] if position < len(self.best) else self.stop
+            actions = {*self.window(last), self.stop} - {follow}
+            nearness = {action: 1 / abs(action - follow) for action in sorted(actions)}
+            loops = {action: near for action, near in nearness.items() if action < follow}
+            skips = {action: near for action, near in nearness.items() if action > follow}
+            away = {}
+            for share, kind in (self.loop, loops), (1 - self.loop, skips):
+                away |= {action: share * near / sum(kind.values()) for action, near in kind.items()}
+            away = dict(sorted(away.items(), key=lambda item: -item[1]))
+            away = {follow: max(0, 1 - sum(away.values()))} | away  # its share: that of a kind that is not open here
+            self.policies[last, position] = Policy(follow, away, [*accumulate(away.values())],
+                                                   {action: self.rejoin(action, position) for action in away})
         return self.policies[last, position]
 
     def rejoin(self, layer, position):
@@ -133,17 +141,25 @@ class Search:
                 or [len(best)])
         return min(ends, key=lambda end: abs(end - 1 - position))
 
-    def select(self, node, priors):
-        """The open action of highest upper confidence bound, or None."""
+    def select(self, node, policy):
+        """The open action of highest upper confidence bound Q + c * prior * sqrt(parent's visits) / (1 + visits).
+
+        Q is the mean reward of the simulations that took the action; where none did, the mean reward of all. None if
+        all actions are closed.
+        """
         children, width = node.children, self.exploration * math.sqrt(node.visits)
+
+        def prior(action):
+            return self.leave * policy.away[action] + (1 - self.leave) * (action == policy.follow)
+
         best, highest = None, -math.inf
-        for action in priors:  # the likeliest first: of the untried no other can have a higher bound
+        for action in policy.away:  # the likeliest first: of the untried no other can have a higher bound
             if action not in children:
-                best, highest = action, node.value / node.visits + width * priors[action]
+                best, highest = action, node.value / node.visits + width * prior(action)
                 break
         for action, child in children.items():
             if not child.closed:
-                bound = child.value / child.visits + width * priors[action] / (1 + child.visits)
+                bound = child.value / child.visits + width * prior(action) / (1 + child.visits)
                 if bound > highest:
                     best, highest = action, bound
         return best
@@ -151,9 +167,9 @@ class Search:
     def simulate(self):
         """One walk: the nodes on its way, and a chain that is not known; None where it found none."""
         node, path, chain, last, position = self.root, [self.root], [], -1, 0
-        while node.visits >= self.mature:
-            priors, positions, _, _ = self.policies.get((last, position)) or self.policy(last, position)
-            last = self.select(node, priors)
+        while self.learn and node.visits >= MATURE:
+            policy = self.policy(last, position)
+            last = self.select(node, policy)
             if last is None or len(chain) > self.limit:
                 node.closed = True
                 return path, None
@@ -163,7 +179,7 @@ class Search:
                 node.closed = True
                 return path, tuple(chain) if tuple(chain) not in self.known else None
             chain.append(last)
-            position = positions[last]
+            position = policy.positions[last]
         for _ in range(TRIES):
             new = self.rollout(chain, last, position)
             if len(new) <= self.limit and new not in self.known:
@@ -172,58 +188,61 @@ class Search:
 
     def rollout(self, chain, last, position):
         """The chain completed with the default policy, or cut off where it is too deep."""
-        chain, best, draw = [*chain], self.best, self.rng.random
+        chain, best, draw, log_stay = [*chain], self.best, self.rng.random, math.log(1 - self.leave)
         while len(chain) <= self.limit:
-            stay = int(math.log(1 - draw()) / self.log_stay)  # steps until the best chain is left
+            stay = int(math.log(1 - draw()) / log_stay)  # steps until the best chain is left: a geometric variable
             if stay:
                 chain += best[position:position + stay]
                 position += stay
                 if position > len(best):
                     break
                 last = chain[-1]
-            _, _, moves, cumulative = self.policies.get((last, position)) or self.policy(last, position)
-            last, position = moves[bisect(cumulative, draw() * cumulative[-1])]
+            policy = self.policy(last, position)
+            last = [*policy.away][bisect(policy.cumulative, draw() * policy.cumulative[-1])]
             if last == self.stop:
                 break
             chain.append(last)
+            position = policy.positions[last]
         return tuple(chain)
 
     def propose(self, count):
         """Up to `count` chains to evaluate, as {chain: the nodes on the way to it}."""
         pending = {}
-        for walks in range(1, 4 * count + 20):
+        for _ in range(20 * count):
             path, chain = self.simulate()
             for node in path:
                 node.visits += 1
-            if chain is None:  # as if it were wrong
-                self.back_up(path, -self.result.depth_penalty * self.limit / self.n_layers)
+            if chain is None:
+                self.leave = min(0.5, self.leave * WIDEN)
+                self.back_up(path, -self.result.depth_penalty * self.limit / self.n_layers)  # as if it were wrong
             else:
                 pending[chain] = path
                 self.known.add(chain)
             if self.root.closed or len(pending) == count:
                 break
-        if walks > 2 * count + 8:
-            self.leave_with(self.leave * WIDEN)
         return pending
 
     def back_up(self, path, reward):
         for node in path:
             node.value += reward
 
-    def learn(self, chains):
-        """Follows the best of these new chains, if it is as good as the one followed so far."""
-        reward = self.result.reward
-        new = max(chains, key=lambda chain: (self.result.evaluated[chain] > 0, reward(chain)))
+    def update(self, pending, scores):
+        """Takes the scores of proposed chains in, and follows the best of them if it is as good as the one so far."""
+        evaluated, reward = self.result.evaluated, self.result.reward
+        evaluated.update(zip(pending, scores, strict=True))
+        for chain, path in pending.items():
+            self.back_up(path, reward(chain))
+        new = max(pending, key=lambda chain: (evaluated[chain] > 0, reward(chain)))
         # One as good is taken too: the search drifts along a plateau.
-        if self.result.evaluated[new] and (not self.result.evaluated[self.best] or reward(new) >= reward(self.best)):
-            self.best, self.root, self.loop = new, Node(), LOOP
-            self.leave_with(EDITS / self.n_layers)
+        if self.learn and evaluated[new] and (not evaluated[self.best] or reward(new) >= reward(self.best)):
+            self.restart(new)
+            self.loop = LOOP
             if self.result.depth_penalty:
-                spare = (1 - self.result.evaluated[new]) * self.n_layers / self.result.depth_penalty
+                spare = (1 - evaluated[new]) * self.n_layers / self.result.depth_penalty
                 self.limit = int(min(2 * self.n_layers, len(new) + spare + 1e-6))
 
 
-def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=None, max_loop=4,
+def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
            batch=16, learn=True):
     """Searches a chain of high reward.
 
@@ -250,21 +269,13 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                                ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0)]:
         if not least <= value < math.inf:
             raise ValueError(f"{name} must be {least} or more, not {value}")
-    tree = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop)
+    tree = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop, learn)
     evaluated = tree.result.evaluated
-    evaluated[tree.best] = score([tree.best])[0]
-    if learn:
-        tree.learn([tree.best])
-    else:
-        tree.mature = math.inf
+    tree.update({tree.best: []}, score([tree.best]))
     while len(evaluated) < simulations:
         pending = tree.propose(min(batch, simulations - len(evaluated)))
         if pending:
-            evaluated.update(zip(pending, score([*pending]), strict=True))
-            for chain, path in pending.items():
-                tree.back_up(path, tree.result.reward(chain))
-            if learn:
-                tree.learn(pending)
+            tree.update(pending, score([*pending]))
         elif tree.root.closed and tree.limit < 2 * n_layers:  # nothing better is left: on to deeper chains
             tree.limit, tree.root = 2 * n_layers, Node()
         elif tree.root.closed or not learn:

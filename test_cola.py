@@ -469,28 +469,36 @@ def test_a_walk_adds_one_node_at_most_and_its_reward_to_all_on_its_way(monkeypat
 
 
 def test_selection_weighs_mean_rewards_and_priors_of_open_actions():
-    tree = mcts.Search(n_layers=4, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=4, max_loop=4)
+    tree = mcts.Search(4, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=4, max_loop=4, learn=True)
+    tree.leave = 1.0  # so that the priors are the probabilities of leaving
+
+    def selected(away):
+        return tree.select(node, mcts.Policy(follow=4, away=away, cumulative=[], positions={}))
     node = mcts.Node()
     node.children = {0: mcts.Node(), 1: mcts.Node()}
     node.visits, node.children[0].visits, node.children[1].visits = 10, 5, 5
     node.value, node.children[0].value, node.children[1].value = 5.0, 1.0, 4.0
-    assert tree.select(node, {0: 0.5, 1: 0.5}) == 1
-    assert tree.select(node, {0: 0.9, 1: 0.1}) == 0
-    assert tree.select(node, {0: 0.5, 2: 0.3, 1: 0.2}) == 2
+    assert selected({0: 0.5, 1: 0.5}) == 1
+    assert selected({0: 0.9, 1: 0.1}) == 0
+    assert selected({0: 0.5, 2: 0.3, 1: 0.2}) == 2
     node.children[0].closed = True
-    assert tree.select(node, {0: 0.9, 1: 0.1}) == 1
+    assert selected({0: 0.9, 1: 0.1}) == 1
     node.children[1].closed = True
-    assert tree.select(node, {0: 0.9, 1: 0.1}) is None
+    assert selected({0: 0.9, 1: 0.1}) is None
 
 
+def test_following_the_best_chain_is_likelier_than_leaving_it():
+    tree, node = mcts.Search(4, 0, 0.2, 2.0, 4, 4, True), mcts.Node()
+    node.visits = 1
+    policy = tree.policy(0, 1)
+    assert [*policy.away] == [1, 0, 2, 3, 4] and tree.select(node, policy) == 1
 def test_the_best_chain_is_followed_and_bounds_the_depth():
-    tree, full, deep = mcts.Search(6, 0, 0.3, 2.0, 6, 4), tuple(range(6)), (0,) * 12
+    tree, full, deep = mcts.Search(6, 0, 0.3, 2.0, 6, 4, True), tuple(range(6)), (0,) * 12
     for scores, best, limit in [({full: 0, (0,): 0}, full, 12),  # as long as nothing is right
                                 ({deep: 0.1, (1,): 0}, deep, 12),  # whatever the rewards of wrong chains
                                 ({(3,): 0.5}, (3,), 11),  # ten more layers cost the half that is missing
                                 ({(1, 2): 0.5}, (3,), 11), ({(4,): 0.9, (5, 5): 0.9}, (4,), 3), ({(): 1}, (), 0)]:
-        tree.result.evaluated |= scores
-        tree.learn(scores)
+        tree.update({chain: [] for chain in scores}, scores.values())
         assert (tree.best, tree.limit) == (best, limit)
 
 

@@ -25,14 +25,14 @@ from scripts.common import mean, share
 
 
 def keeping(*names):
-    """Search.learn, after which these attributes are as before."""
-    learn = mcts.Search.learn
+    """Search.update, after which these attributes are as before."""
+    update = mcts.Search.update
 
-    def learn_and_keep(self, chains):
+    def update_and_keep(self, pending, scores):
         kept = {name: getattr(self, name) for name in names}
-        learn(self, chains)
+        update(self, pending, scores)
         self.__dict__.update(kept)
-    return patch.object(mcts.Search, "learn", learn_and_keep)
+    return patch.object(mcts.Search, "update", update_and_keep)
 
 
 def tables(args):
@@ -59,10 +59,9 @@ def tables(args):
             "no bound on depth": (ours, keeping("limit")),
             "policy follows the full-depth chain (so no tree, no bound)": (ours, keeping("best", "limit")),
             "skips of at most 4 layers": (uct(max_skip=4), None),
-            "all layers ahead weigh alike": (ours, constants(ELSEWHERE=1)),
             "no more loops while nothing is right": (ours, constants(EARLY_LOOP=mcts.LOOP)),
-            "exploration 0.5": (uct(exploration=0.5), None),
-            "exploration 8": (uct(exploration=8), None)},
+            "exploration 2": (uct(exploration=2), None),
+            "exploration 32": (uct(exploration=32), None)},
         "special": {
             "the default window: any skip, loops of up to 4": (uct(max_skip=None, max_loop=4), None),
             "`--max-loop 0`: skip only (layer pruning)": (uct(max_skip=None, max_loop=0), None),

@@ -81,7 +81,8 @@ class Score:
 
 def parser():
     p = common.parser("fit", __doc__)
-    p.set_defaults(simulations=400, depth_penalty=0.05)
+    # Shares of few samples are noisy: with a large batch the search looks around before it follows a better chain.
+    p.set_defaults(simulations=400, depth_penalty=0.05, batch=64)
     fit = p.add_argument_group("fit")
     fit.add_argument("--fit", default="0:64", metavar="FIRST:END", help="samples to search on (default: %(default)s)")
     fit.add_argument("--test", default="64:1064", metavar="FIRST:END", help="samples to test on (default: %(default)s)")
