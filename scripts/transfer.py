@@ -30,11 +30,12 @@ def parser():
 
 
 def main(args):
+    given = args.model, args.dataset
     for title, lines in common.studies([args.file]).items():
         settings = lines[0]["settings"]
         for name in ("revision", "shots", "split"):
             setattr(args, name, settings[name])
-        args.model, args.dataset = args.model or settings["model"], args.dataset or settings["dataset"]
+        args.model, args.dataset = given[0] or settings["model"], given[1] or settings["dataset"]
         args.no_chat = not settings["chat"]
         model, tokenizer = cola.load_checkpoint(args)
         problems = data.load(args.dataset, args.shots, args.split)
