@@ -140,7 +140,7 @@ def draw(chain, n_layers):
         first    0 1 . 3
         then         2 3 x x
     """
-    rows = [range(n_layers)]
+    rows = [[*range(n_layers)]]
     for layers in runs(chain, lambda a, b: b > a) or [()]:
         start = layers[0] if len(rows) > 1 else 0
         row = [""] * n_layers

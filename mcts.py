@@ -10,8 +10,8 @@ less than that loops, more skips; stopping before the last layer is an early exi
 That is UCT [1] with priors in the bound [2]. What we added, each measured in the README:
   - The default policy follows the best chain found so far. Now and then it leaves it, to skip, loop or stop, and goes
     on with it from where it meets it again. Its probabilities are the priors of the tree.
-  - A rollout that comes to a known chain is drawn again: a chain's score does not change. Where that does not help, the
-    default policy leaves the best chain more often.
+  - A rollout that comes to a known chain, or to one too deep, is drawn again: a chain's score does not change. After a
+    walk that finds no new chain all the same, the default policy leaves the best chain more often.
   - A chain so deep that even a full score would not make it the best is not evaluated (branch and bound).
   - When a better chain is found, or one as good, the tree starts anew around it.
 
@@ -26,8 +26,8 @@ from itertools import accumulate
 
 EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers steps; of these,
 LOOP, EARLY_LOOP = 0.25, 0.65  # the share that loops, once something is right and before; the rest skips or stops
-TRIES = 10  # rollouts from a node, until one gives a chain that is not known
-WIDEN = 1.05  # factor on the probability of leaving the best chain each time that all these gave known chains
+TRIES = 10  # rollouts from a node, until one gives a new chain
+WIDEN = 1.05  # factor on the probability of leaving the best chain, after a walk that found no new one
 MATURE = 8  # visits from which a node chooses among its children: the mean of fewer rewards says little
 
 
@@ -120,13 +120,12 @@ class Search:
         """The Policy after the layer `last`, come to a position in the best chain."""
         if (last, position) not in self.policies:
             follow = self.best[position] if position < len(self.best) else self.stop
-            actions = {*self.window(last), self.stop} - {follow}
-            nearness = {action: 1 / abs(action - follow) for action in sorted(actions)}
-            loops = {action: near for action, near in nearness.items() if action < follow}
-            skips = {action: near for action, near in nearness.items() if action > follow}
+            actions = sorted({*self.window(last), self.stop})
+            loops = {action: 1 / (follow - action) for action in actions if action < follow}
+            skips = {action: 1 / (action - follow) for action in actions if action > follow}
             away = {}
             for share, kind in (self.loop, loops), (1 - self.loop, skips):
-                away |= {action: share * near / sum(kind.values()) for action, near in kind.items()}
+                away |= {action: share * weight / sum(kind.values()) for action, weight in kind.items()}
             away = dict(sorted(away.items(), key=lambda item: -item[1]))
             away = {follow: max(0, 1 - sum(away.values()))} | away  # its share: that of a kind that is not open here
             self.policies[last, position] = Policy(follow, away, [*accumulate(away.values())],
@@ -169,17 +168,17 @@ class Search:
         node, path, chain, last, position = self.root, [self.root], [], -1, 0
         while self.learn and node.visits >= MATURE:
             policy = self.policy(last, position)
-            last = self.select(node, policy)
-            if last is None or len(chain) > self.limit:
+            action = self.select(node, policy)
+            if action is None or len(chain) > self.limit:
                 node.closed = True
                 return path, None
-            node = node.children.setdefault(last, Node())
+            node = node.children.setdefault(action, Node())
             path.append(node)
-            if last == self.stop:
+            if action == self.stop:
                 node.closed = True
                 return path, tuple(chain) if tuple(chain) not in self.known else None
-            chain.append(last)
-            position = policy.positions[last]
+            chain.append(action)
+            last, position = action, policy.positions[action]
         for _ in range(TRIES):
             new = self.rollout(chain, last, position)
             if len(new) <= self.limit and new not in self.known:
@@ -198,11 +197,11 @@ class Search:
                     break
                 last = chain[-1]
             policy = self.policy(last, position)
-            last = [*policy.away][bisect(policy.cumulative, draw() * policy.cumulative[-1])]
-            if last == self.stop:
+            action = [*policy.away][bisect(policy.cumulative, draw() * policy.cumulative[-1])]
+            if action == self.stop:
                 break
-            chain.append(last)
-            position = policy.positions[last]
+            chain.append(action)
+            last, position = action, policy.positions[action]
         return tuple(chain)
 
     def propose(self, count):
@@ -214,7 +213,8 @@ class Search:
                 node.visits += 1
             if chain is None:
                 self.leave = min(0.5, self.leave * WIDEN)
-                self.back_up(path, -self.result.depth_penalty * self.limit / self.n_layers)  # as if it were wrong
+                # As if it had come to a wrong chain of the greatest depth.
+                self.back_up(path, -self.result.depth_penalty * self.limit / self.n_layers)
             else:
                 pending[chain] = path
                 self.known.add(chain)
@@ -255,8 +255,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: the window of layers that may be appended (see above), max_skip None for all that are ahead;
         chains hold up to 2 * n_layers steps.
-      batch: how many chains to ask `score` for at a time; until then a walk counts as a visit without reward, so that
-        the next ones go elsewhere (in place of a virtual loss).
+      batch: how many chains to ask `score` for at a time; until then a walk counts as a visit of reward 0 (in place
+        of a virtual loss).
       learn: False draws every chain from the default policy around the full-depth chain, with no tree and with nothing
         learned from scores: a control.
     Returns a Result. It holds fewer than `simulations` chains only where there are no more; the control also gives up

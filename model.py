@@ -218,7 +218,7 @@ class Experts(nn.Module):
     def __init__(self, config, shapes):
         super().__init__()
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
-        size, n_experts = config.hidden_size, shapes["mlp.gate.weight"][0]
+        size, n_experts = config.hidden_size, (shapes["mlp.gate.weight"] or [0])[0]
         if not 1 <= self.top_k <= n_experts:
             raise ValueError(f"config.json asks for {self.top_k} of {n_experts} experts; fetch the checkpoint again")
         self.gate = nn.Linear(size, n_experts, bias=False)

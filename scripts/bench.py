@@ -11,6 +11,7 @@
 (d) comes first; (a), (b) and (c) then run a random subset of its chains, and the verdicts are compared. The empty chain
 counts in none of the four, for transformers cannot cache it.
 """
+import argparse
 import copy
 import random
 import time
@@ -145,6 +146,8 @@ def row(label, total):
 
 
 def main(args):
+    if args.subset < 1:
+        raise ValueError(f"subset must be 1 or more, not {args.subset}")
     lines, unlike = [], []
     for name in args.models:
         args.model = name
@@ -173,7 +176,7 @@ def parser():
     p = cola.Parser("python -m scripts.bench", __doc__, usage="%(prog)s [options]", conflict_handler="resolve")
     cola.add_model_arguments(p)
     cola.add_search_arguments(p)
-    p.set_defaults(no_chat=True)
+    p.add_argument("--no-chat", action="store_true", default=True, help=argparse.SUPPRESS)  # all in plain form
     bench = p.add_argument_group("bench")
     bench.add_argument("--model", dest="models", action="append", default=["tiny"], metavar="NAME",
                        help="a checkpoint to measure besides tiny")

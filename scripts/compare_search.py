@@ -31,7 +31,7 @@ def keeping(*names):
     def update_and_keep(self, pending, scores):
         kept = {name: getattr(self, name) for name in names}
         update(self, pending, scores)
-        self.__dict__.update(kept)
+        vars(self).update(kept)
     return patch.object(mcts.Search, "update", update_and_keep)
 
 
@@ -55,7 +55,7 @@ def tables(args):
             "nodes expand at the first visit": (ours, constants(MATURE=1)),
             "the tree is kept when the best chain changes": (ours, keeping("root")),
             "a rollout is drawn once, known chain or not": (ours, constants(TRIES=1)),
-            "no wider rollouts where chains are known": (ours, constants(WIDEN=1)),
+            "no wider rollouts where no new chain is found": (ours, constants(WIDEN=1)),
             "no bound on depth": (ours, keeping("limit")),
             "policy follows the full-depth chain (so no tree, no bound)": (ours, keeping("best", "limit")),
             "skips of at most 4 layers": (uct(max_skip=4), None),

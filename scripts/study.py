@@ -31,7 +31,8 @@ from scripts import common
 def parser():
     p = common.parser("study", __doc__, usage="%(prog)s --out FILE [options]")
     study = p.add_argument_group("study")
-    study.add_argument("--samples", default="0:250", metavar="FIRST:END", help="samples to search (default: %(default)s)")
+    study.add_argument("--samples", default="0:250", metavar="FIRST:END",
+                       help="samples to search (default: %(default)s)")
     study.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines, such as runs/arc.jsonl")
     study.add_argument("--no-decoy", action="store_true", help="leave this control out")
     study.add_argument("--reorder", type=int, default=3, metavar="K",

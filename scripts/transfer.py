@@ -5,9 +5,10 @@
 
 A row holds the best chains of one level's samples, a column the samples of one level, a cell the share in % of these
 that such a chain answers right: its mean over the chains, with the 95 % interval. No chain is tried on its own sample.
-The last row is the full model. Model, dataset, shots and prompt are those of the study; give --model and --dataset where
-these lie elsewhere.
+The last row is the full model. Model, dataset, shots and prompt are those of the study; give --model and --dataset
+where these lie elsewhere.
 """
+import argparse
 from pathlib import Path
 
 import cola  # before torch, as it silences a warning
@@ -26,6 +27,8 @@ def parser():
     p.add_argument("--dataset", metavar="NAME", help="as for the study (default: the study's)")
     cola.add_model_arguments(p)
     p.add_argument("--model", metavar="NAME", help="as for the study (default: the study's)")
+    for name in ("--revision", "--no-chat"):  # always the study's
+        p.add_argument(name, help=argparse.SUPPRESS)
     return p
 
 
