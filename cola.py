@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog, description, **settings):
         super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         **settings)
+                         allow_abbrev=False, **settings)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
@@ -278,11 +278,14 @@ def one_line(error):
     if isinstance(error, RepositoryNotFoundError):
         return "no such folder, and no such repository on the hub; check the name, or log in with `hf auth login`"
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return "not on this machine, nor wholly in the hub's cache, and the hub cannot be reached; try again online"
+        return ("the model or the dataset is not on this machine, nor wholly in the hub's cache, and the hub cannot be "
+                "reached; try again online")
     if isinstance(error, torch.OutOfMemoryError):
         return "the device has too little memory; use a smaller model, --cache-mb or --batch, or --device cpu"
     if isinstance(error, HTTPError):
         return f"the hub does not answer as it should ({' '.join(str(error).split())}); try again later"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; give another path"
     return " ".join(str(error).split())
 
 

@@ -127,7 +127,7 @@ class Search:
             for share, kind in (self.loop, loops), (1 - self.loop, skips):
                 away |= {action: share * weight / sum(kind.values()) for action, weight in kind.items()}
             away = dict(sorted(away.items(), key=lambda item: -item[1]))
-            away = {follow: max(0, 1 - sum(away.values()))} | away  # its share: that of a kind that is not open here
+            away = {follow: max(0, 1 - sum(away.values()))} | away  # the share of loops, or skips, where there are none
             self.policies[last, position] = Policy(follow, away, [*accumulate(away.values())],
                                                    {action: self.rejoin(action, position) for action in away})
         return self.policies[last, position]
@@ -238,8 +238,9 @@ class Search:
             self.restart(new)
             self.loop = LOOP
             if self.result.depth_penalty:
-                spare = (1 - evaluated[new]) * self.n_layers / self.result.depth_penalty
-                self.limit = int(min(2 * self.n_layers, len(new) + spare + 1e-6))
+                # The depth at which a full score comes to the reward of the best chain.
+                depth = (1 - reward(new)) * self.n_layers / self.result.depth_penalty
+                self.limit = int(min(2 * self.n_layers, depth + 1e-6))
 
 
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
@@ -255,8 +256,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: the window of layers that may be appended (see above), max_skip None for all that are ahead;
         chains hold up to 2 * n_layers steps.
-      batch: how many chains to ask `score` for at a time; until then a walk counts as a visit of reward 0 (in place
-        of a virtual loss).
+      batch: how many chains to ask `score` for at a time; until then a walk counts as a visit of reward 0, which
+        is more than a wrong chain gets, yet the bound falls as visits rise (in place of a virtual loss).
       learn: False draws every chain from the default policy around the full-depth chain, with no tree and with nothing
         learned from scores: a control.
     Returns a Result. It holds fewer than `simulations` chains only where there are no more; the control also gives up

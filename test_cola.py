@@ -502,6 +502,15 @@ def test_the_best_chain_is_followed_and_bounds_the_depth():
         assert (tree.best, tree.limit) == (best, limit)
 
 
+def test_a_reward_that_asks_for_less_does_not_hide_better_chains(monkeypatch):
+    def reward(self, chain):  # a layer used twice costs half as much again
+        return self.evaluated[chain] - 0.2 * (len(chain) + (len(chain) - len(set(chain))) / 2) / 12
+    monkeypatch.setattr(mcts.Result, "reward", reward)
+    tree = mcts.Search(12, 0, 0.2, 8.0, 12, 4, True)
+    tree.update({tree.best: [], (0, 0, 0, 0, 0, 5, 6, 7, 8): []}, [False, True])
+    assert tree.limit == 11  # eleven layers, none twice, cost as much
+
+
 def test_best_has_the_highest_reward_among_right_chains():
     scores = {(0, 1, 2, 3): 0.5, (0,): 0.0, (0, 1): 0.5, (0, 1, 2): 0.9, (2, 3): 0.5}
     assert mcts.Result(scores, n_layers=4, depth_penalty=0.2).best == (0, 1, 2)
@@ -983,6 +992,14 @@ def test_prompt_tokens_are_a_prefix_of_prompt_and_answer(tiny):
     for problem in data.load("arithmetic")[:50]:
         prompt, answer = tokenizer.encode(problem)
         assert tokenizer.decode(prompt) == problem.prompt and tokenizer.decode(answer) == f" {problem.answer}"
+
+
+def test_the_readme_shows_what_its_first_command_prints(capsys):
+    shown = re.search(r"```\n(model .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    cola.main(["--sample-id", "12", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    time_taken = r"in [0-9.]+ s, [0-9.]+ chains/s"
+    assert re.sub(time_taken, "", shown) == re.sub(time_taken, "", printed)
 
 
 def test_tiny_is_as_accurate_as_its_readme_says(tiny):

@@ -23,8 +23,10 @@ def parser(name, doc, usage="%(prog)s [options]"):
 def parse_samples(text, count):
     """"0:250" to a range of sample ids, out of `count`."""
     first, colon, end = text.partition(":")
-    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end) <= count):
-        raise ValueError(f"samples {text!r} is not FIRST:END with FIRST < END; there are {count} samples, so 0:{count}")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise ValueError(f"samples {text!r} are not FIRST:END with FIRST < END; write 0:{count} for all")
+    if int(end) > count:
+        raise ValueError(f"samples {text} are more than the {count} that there are; give an END of {count} at most")
     return range(int(first), int(end))
 
 

@@ -11,7 +11,6 @@ tradeoff: what accuracy a mean depth allows to one who knows for each sample whi
   that be, and else the latter. Along a curve the penalty rises to the left, as numbered; the square is the full model.
 """
 import math
-import sys
 from collections import Counter
 from itertools import cycle
 from pathlib import Path
@@ -23,8 +22,7 @@ try:
     from matplotlib import pyplot
     from matplotlib.colors import PowerNorm
 except ImportError:
-    print("figures: matplotlib is missing; pip install -r scripts/requirements.txt", file=sys.stderr)
-    sys.exit(2)
+    pyplot = None
 
 WIDTH, DPI = 9, 100  # inches, and dots an inch: 900 dots, about what a README shows without scaling
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#bbbbbb"
@@ -114,6 +112,8 @@ def tradeoff(studies):
 
 
 def main(args):
+    if pyplot is None:
+        raise ValueError("matplotlib is missing; pip install -r scripts/requirements.txt")
     pyplot.rcParams |= {"font.size": 8, "axes.titlesize": 8, "figure.labelsize": 8, "axes.spines.top": False,
                         "axes.spines.right": False}
     studies = common.studies(args.files)

@@ -81,6 +81,7 @@ def save_tensors(tensors, path, **metadata):
     serialize_file({name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
                                      data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
                     for name, tensor in tensors.items()}, str(path), metadata)
+    Path(path).chmod(0o644)  # it was made for its owner alone
 
 
 def state(model, optimizers):
