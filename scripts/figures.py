@@ -55,6 +55,8 @@ def layer_use(studies):
             panel.plot([0, n_layers - 1], [0, n_layers - 1], "--", color=ORANGE, linewidth=1)
             panel.locator_params(nbins=6, integer=True)
             panel.set_title(title.replace(", ", "\n") + f"\n{len(chains)} samples {kind}")
+            if not chains:
+                panel.set_axis_off()
     figure.supxlabel("position in the chain")
     figure.supylabel("layer")
     figure.colorbar(image, ax=panels, label="share of best chains")
@@ -75,8 +77,9 @@ def depths(studies):
         full, kinds = lines[0]["n_layers"], {"right": BLUE, "corrected": ORANGE, "still wrong": GREY}
         found = [[full if line["best"] is None else len(line["best"]) for line in lines if outcome(line) == kind]
                  for kind in kinds]
-        panel.hist(found, bins=[depth - 0.5 for depth in range(max(map(max, filter(None, found))) + 2)], stacked=True,
-                   color=[*kinds.values()], label=[*kinds], rwidth=0.85)
+        deepest = max(full, *map(max, filter(None, found)))
+        panel.hist(found, bins=[depth - 0.5 for depth in range(deepest + 2)], stacked=True, color=[*kinds.values()],
+                   label=[*kinds], rwidth=0.85)
         panel.axvline(full, linestyle="--", color="black", linewidth=1, label="full model", zorder=0)
         panel.locator_params("y", nbins=4, integer=True)
         panel.set(title=name.replace(", ", "\n"), xlabel="depth")
