@@ -489,17 +489,23 @@ def test_selection_weighs_mean_rewards_and_priors_of_open_actions():
 
 def test_following_the_best_chain_is_likelier_than_leaving_it():
     tree, node = mcts.Search(4, 0, 0.2, 2.0, 4, 4, True), mcts.Node()
-    node.visits = 1
-    policy = tree.policy(0, 1)
-    assert [*policy.away] == [1, 0, 2, 3, 4] and tree.select(node, policy) == 1
-def test_the_best_chain_is_followed_and_bounds_the_depth():
-    tree, full, deep = mcts.Search(6, 0, 0.3, 2.0, 6, 4, True), tuple(range(6)), (0,) * 12
-    for scores, best, limit in [({full: 0, (0,): 0}, full, 12),  # as long as nothing is right
-                                ({deep: 0.1, (1,): 0}, deep, 12),  # whatever the rewards of wrong chains
-                                ({(3,): 0.5}, (3,), 11),  # ten more layers cost the half that is missing
-                                ({(1, 2): 0.5}, (3,), 11), ({(4,): 0.9, (5, 5): 0.9}, (4,), 3), ({(): 1}, (), 0)]:
-        tree.update({chain: [] for chain in scores}, scores.values())
-        assert (tree.best, tree.limit) == (best, limit)
+    node.visits, node.children = 10, {action: mcts.Node() for action in (4, 3, 2, 1, 0)}
+    for child in node.children.values():
+        child.visits = 2
+    policy = tree.policy(2, 3)
+    assert [*policy.away] == [3, 2, 4, 1, 0] and tree.select(node, policy) == 3
+    node.children[3].closed = True
+    assert tree.select(node, policy) == 2
+
+
+def test_walks_without_a_new_chain_widen_the_next_ones(monkeypatch):
+    tree = mcts.Search(12, 0, 0.2, 2.0, 12, 4, True)
+    leave = tree.leave
+    monkeypatch.setattr(mcts.Search, "simulate", lambda self: ([self.root], None))
+    assert tree.propose(1) == {} and leave < tree.leave <= 0.5
+    tree.restart((0, 1))
+    assert tree.leave == leave and tree.root.visits == 0
+
 
 
 def test_a_reward_that_asks_for_less_does_not_hide_better_chains(monkeypatch):
