@@ -494,6 +494,7 @@ def test_following_the_best_chain_is_likelier_than_leaving_it():
         child.visits = 2
     policy = tree.policy(2, 3)
     assert [*policy.away] == [3, 2, 4, 1, 0] and tree.select(node, policy) == 3
+    assert policy.away == pytest.approx({3: 0, 2: 0.65 * 6 / 11, 1: 0.65 * 3 / 11, 0: 0.65 * 2 / 11, 4: 0.35})
     node.children[3].closed = True
     assert tree.select(node, policy) == 2
 
