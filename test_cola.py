@@ -508,6 +508,16 @@ def test_walks_without_a_new_chain_widen_the_next_ones(monkeypatch):
     assert tree.leave == leave and tree.root.visits == 0
 
 
+def test_the_best_chain_is_followed_and_bounds_the_depth():
+    tree, full, deep = mcts.Search(6, 0, 0.3, 2.0, 6, 4, True), tuple(range(6)), (0,) * 12
+    for scores, best, limit in [({full: 0, (0,): 0}, full, 12),  # as long as nothing is right
+                                ({deep: 0.1, (1,): 0}, deep, 12),  # whatever the rewards of wrong chains
+                                ({(3,): 0.5}, (3,), 11),  # ten more layers cost the half that is missing
+                                ({(1, 2): 0.5}, (3,), 11), ({(4,): 0.9, (5, 5): 0.9}, (4,), 3), ({(): 1}, (), 0)]:
+        tree.update({chain: [] for chain in scores}, scores.values())
+        assert (tree.best, tree.limit) == (best, limit)
+        assert tree.loop == (mcts.LOOP if tree.result.evaluated[best] else mcts.EARLY_LOOP)
+
 
 def test_a_reward_that_asks_for_less_does_not_hide_better_chains(monkeypatch):
     def reward(self, chain):  # a layer used twice costs half as much again
