@@ -11,8 +11,9 @@ That is UCT [1] with priors in the bound [2]. What we added, each measured in th
   - The default policy follows the best chain found so far. Now and then it leaves it, to skip, loop or stop, and goes
     on with it from where it meets it again. Its probabilities are the priors of the tree.
   - A rollout that comes to a known chain, or to one too deep, is drawn again: a chain's score does not change. After a
-    walk that finds no new chain all the same, the default policy leaves the best chain more often.
-  - A chain so deep that even a full score would not make it the best is not evaluated (branch and bound).
+    simulation that finds no new chain all the same, the rollouts of that batch leave the best chain more often.
+  - A chain so deep that even a full score would not make it the best is not evaluated (branch and bound): at that depth
+    a walk stops.
   - When a better chain is found, or one as good, the tree starts anew around it.
 
 References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT, Silver et al. 2016.
@@ -27,7 +28,7 @@ from itertools import accumulate
 EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers steps; of these,
 LOOP, EARLY_LOOP = 0.25, 0.65  # the share that loops, once something is right and before; the rest skips or stops
 TRIES = 10  # rollouts from a node, until one gives a new chain
-WIDEN = 1.05  # factor on the probability of leaving the best chain, after a walk that found no new one
+WIDEN = 1.2  # factor on how often rollouts leave the best chain, after a simulation that found no new one
 MATURE = 8  # visits from which a node chooses among its children: the mean of fewer rewards says little
 
 
@@ -77,15 +78,13 @@ class Policy:
     """The default policy after a prefix.
 
     Attributes:
-      follow: the action that goes on with the best chain.
-      away: {action: its probability once the best chain is left}, `follow` first, the others likeliest first.
-      cumulative: the cumulative sums of these probabilities.
-      positions: {action: the position in the best chain that it leads to}.
+      actions: first the one that follows the best chain, then the others, likeliest first.
+      priors: {action: its probability}.
+      away: cumulative probabilities of `actions` once the best chain is left.
     """
-    follow: int
-    away: dict
-    cumulative: list
-    positions: dict
+    actions: list
+    priors: dict
+    away: list
 
 
 class Search:
@@ -96,49 +95,53 @@ class Search:
       limit: the depth beyond which not even a full score would make a chain the best.
       loop: LOOP or EARLY_LOOP.
       leave: probability of leaving the best chain at a step.
+      ends: for each layer, the positions in the best chain where it may go on after that layer.
       known: the chains that were evaluated or are about to be.
-      policies: {(last layer, position in the best chain): Policy}.
+      policies: {(last layer, action that follows the best chain, loop): Policy}.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, learn):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
         self.stop = n_layers  # as if it were one layer more: in a full-depth chain the step after the last
         self.rng, self.result, self.learn = random.Random(seed), Result({}, n_layers, depth_penalty), learn
-        self.limit, self.loop = 2 * n_layers, EARLY_LOOP
+        self.limit, self.loop, self.leave, self.policies = 2 * n_layers, EARLY_LOOP, min(0.5, EDITS / n_layers), {}
         self.restart(tuple(range(n_layers)))
         self.known = {self.best}
 
     def restart(self, chain):
         """Follows another chain, with a new tree: what nodes say of the ways around the one before is out of date."""
-        self.best, self.root, self.leave, self.policies = chain, Node(), min(0.5, EDITS / self.n_layers), {}
+        self.best, self.root = chain, Node()
+        # The chain goes on behind a use of the layer, else where it steps over it.
+        self.ends = [[i + 1 for i, used in enumerate(chain) if used == layer]
+                     or [i for i, used in enumerate(chain) if used > layer and (i == 0 or chain[i - 1] < layer)]
+                     or [len(chain)] for layer in range(self.n_layers)]
 
     def window(self, last):
         """The layers that may be appended after the layer `last` (-1 before the first)."""
         return range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
 
-    def policy(self, last, position):
-        """The Policy after the layer `last`, come to a position in the best chain."""
-        if (last, position) not in self.policies:
-            follow = self.best[position] if position < len(self.best) else self.stop
-            actions = sorted({*self.window(last), self.stop})
+    def policy(self, chain, position):
+        """The Policy after a prefix of a chain that has come to a position in the best chain."""
+        last = chain[-1] if chain else -1
+        follow = self.best[position] if position < len(self.best) else self.stop
+        if (last, follow, self.loop) not in self.policies:
+            actions = [*self.window(last), self.stop]
             loops = {action: 1 / (follow - action) for action in actions if action < follow}
             skips = {action: 1 / (action - follow) for action in actions if action > follow}
-            away = {}
+            away = {follow: 0.0}
             for share, kind in (self.loop, loops), (1 - self.loop, skips):
                 away |= {action: share * weight / sum(kind.values()) for action, weight in kind.items()}
-            away = dict(sorted(away.items(), key=lambda item: -item[1]))
-            away = {follow: max(0, 1 - sum(away.values()))} | away  # the share of loops, or skips, where there are none
-            self.policies[last, position] = Policy(follow, away, [*accumulate(away.values())],
-                                                   {action: self.rejoin(action, position) for action in away})
-        return self.policies[last, position]
+            away[follow] = max(0, 1 - sum(away.values()))  # the share of loops, or skips, where there are none
+            priors = {action: self.leave * share for action, share in away.items()}
+            priors[follow] += 1 - self.leave
+            actions = sorted(priors, key=priors.get, reverse=True)
+            self.policies[last, follow, self.loop] = Policy(actions, priors, [*accumulate(map(away.get, actions))])
+        return self.policies[last, follow, self.loop]
 
     def rejoin(self, layer, position):
-        """Where the best chain goes on after a layer: behind its nearest use, or where the chain steps over it."""
-        best = self.best
-        ends = ([i + 1 for i, used in enumerate(best) if used == layer]
-                or [i for i, used in enumerate(best) if used > layer and (i == 0 or best[i - 1] < layer)]
-                or [len(best)])
-        return min(ends, key=lambda end: abs(end - 1 - position))
+        """Where the best chain goes on after a layer: the nearest of its `ends`."""
+        ends = self.ends[layer]
+        return ends[0] if len(ends) == 1 else min(ends, key=lambda end: abs(end - 1 - position))
 
     def select(self, node, policy):
         """The open action of highest upper confidence bound Q + c * prior * sqrt(parent's visits) / (1 + visits).
@@ -147,72 +150,72 @@ class Search:
         all actions are closed.
         """
         children, width = node.children, self.exploration * math.sqrt(node.visits)
-
-        def prior(action):
-            return self.leave * policy.away[action] + (1 - self.leave) * (action == policy.follow)
-
         best, highest = None, -math.inf
-        for action in policy.away:  # the likeliest first: of the untried no other can have a higher bound
+        for action in policy.actions:  # the likeliest first: of the untried no other can have a higher bound
             if action not in children:
-                best, highest = action, node.value / node.visits + width * prior(action)
+                best, highest = action, node.value / node.visits + width * policy.priors[action]
                 break
         for action, child in children.items():
             if not child.closed:
-                bound = child.value / child.visits + width * prior(action) / (1 + child.visits)
+                bound = child.value / child.visits + width * policy.priors[action] / (1 + child.visits)
                 if bound > highest:
                     best, highest = action, bound
         return best
 
-    def simulate(self):
-        """One walk: the nodes on its way, and a chain that is not known; None where it found none."""
-        node, path, chain, last, position = self.root, [self.root], [], -1, 0
+    def simulate(self, leave):
+        """One walk: the nodes on its way, and a chain that is not known; None where it found none.
+
+        `leave` is the probability of leaving the best chain at a step of a rollout.
+        """
+        node, path, chain, position = self.root, [self.root], [], 0
         while self.learn and node.visits >= MATURE:
-            policy = self.policy(last, position)
+            policy = self.policy(chain, position)
             action = self.select(node, policy)
-            if action is None or len(chain) > self.limit:
+            if action is None:
                 node.closed = True
                 return path, None
-            node = node.children.setdefault(action, Node())
+            if action not in node.children:
+                node.children[action] = Node()
+            node = node.children[action]
             path.append(node)
-            if action == self.stop:
+            if action != self.stop:
+                chain.append(action)
+            if action == self.stop or len(chain) >= self.limit:
                 node.closed = True
                 return path, tuple(chain) if tuple(chain) not in self.known else None
-            chain.append(action)
-            last, position = action, policy.positions[action]
+            position = self.rejoin(action, position)
         for _ in range(TRIES):
-            new = self.rollout(chain, last, position)
+            new = self.rollout(chain, position, leave)
             if len(new) <= self.limit and new not in self.known:
                 return path, new
         return path, None
 
-    def rollout(self, chain, last, position):
+    def rollout(self, chain, position, leave):
         """The chain completed with the default policy, or cut off where it is too deep."""
-        chain, best, draw, log_stay = [*chain], self.best, self.rng.random, math.log(1 - self.leave)
+        chain, best, draw, log_stay = [*chain], self.best, self.rng.random, math.log(1 - leave)
         while len(chain) <= self.limit:
             stay = int(math.log(1 - draw()) / log_stay)  # steps until the best chain is left: a geometric variable
-            if stay:
-                chain += best[position:position + stay]
-                position += stay
-                if position > len(best):
-                    break
-                last = chain[-1]
-            policy = self.policy(last, position)
-            action = [*policy.away][bisect(policy.cumulative, draw() * policy.cumulative[-1])]
+            chain += best[position:position + stay]
+            position += stay
+            if position > len(best):
+                break
+            policy = self.policy(chain, position)
+            action = policy.actions[bisect(policy.away, draw() * policy.away[-1])]
             if action == self.stop:
                 break
             chain.append(action)
-            last, position = action, policy.positions[action]
+            position = self.rejoin(action, position)
         return tuple(chain)
 
     def propose(self, count):
         """Up to `count` chains to evaluate, as {chain: the nodes on the way to it}."""
-        pending = {}
+        pending, leave = {}, self.leave
         for _ in range(20 * count):
-            path, chain = self.simulate()
+            path, chain = self.simulate(leave)
             for node in path:
                 node.visits += 1
             if chain is None:
-                self.leave = min(0.5, self.leave * WIDEN)
+                leave = min(0.5, leave * WIDEN)
                 # As if it had come to a wrong chain of the greatest depth.
                 self.back_up(path, -self.result.depth_penalty * self.limit / self.n_layers)
             else:

@@ -452,9 +452,9 @@ def test_a_walk_adds_one_node_at_most_and_its_reward_to_all_on_its_way(monkeypat
     def size(node):
         return 1 + sum(map(size, node.children.values()))
 
-    def watched(self):
+    def watched(self, leave):
         before, root = size(self.root), self.root
-        walk = simulate(self)
+        walk = simulate(self, leave)
         assert root is self.root and before <= size(root) <= before + 1
         sizes.append(size(root))
         walks.append((*walk, self.limit))
@@ -470,10 +470,9 @@ def test_a_walk_adds_one_node_at_most_and_its_reward_to_all_on_its_way(monkeypat
 
 def test_selection_weighs_mean_rewards_and_priors_of_open_actions():
     tree = mcts.Search(4, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=4, max_loop=4, learn=True)
-    tree.leave = 1.0  # so that the priors are the probabilities of leaving
 
-    def selected(away):
-        return tree.select(node, mcts.Policy(follow=4, away=away, cumulative=[], positions={}))
+    def selected(priors):
+        return tree.select(node, mcts.Policy([*priors], priors, away=[]))
     node = mcts.Node()
     node.children = {0: mcts.Node(), 1: mcts.Node()}
     node.visits, node.children[0].visits, node.children[1].visits = 10, 5, 5
@@ -488,24 +487,42 @@ def test_selection_weighs_mean_rewards_and_priors_of_open_actions():
 
 
 def test_following_the_best_chain_is_likelier_than_leaving_it():
-    tree, node = mcts.Search(4, 0, 0.2, 2.0, 4, 4, True), mcts.Node()
-    node.visits, node.children = 10, {action: mcts.Node() for action in (4, 3, 2, 1, 0)}
+    tree, node = mcts.Search(8, 0, 0.2, 2.0, 1, 3, True), mcts.Node()
+    node.visits, node.children = 12, {action: mcts.Node() for action in (4, 3, 2, 1, 0, 8)}
     for child in node.children.values():
         child.visits = 2
-    policy = tree.policy(2, 3)
-    assert [*policy.away] == [3, 2, 4, 1, 0] and tree.select(node, policy) == 3
-    assert policy.away == pytest.approx({3: 0, 2: 0.65 * 6 / 11, 1: 0.65 * 3 / 11, 0: 0.65 * 2 / 11, 4: 0.35})
+    policy = tree.policy((0, 1, 2), 3)
+    assert policy.actions == [3, 2, 4, 1, 0, 8] and tree.select(node, policy) == 3
+    loops, skips = 0.2 * 0.65 * 6 / 11, 0.2 * 0.35 * 5 / 6
+    assert policy.priors == pytest.approx({3: 0.8, 2: loops, 1: loops / 2, 0: loops / 3, 4: skips, 8: skips / 5})
+    away = [policy.priors[action] / 0.2 for action in policy.actions[1:]]
+    assert policy.away == pytest.approx([0, *itertools.accumulate(away)])
     node.children[3].closed = True
     assert tree.select(node, policy) == 2
 
 
-def test_walks_without_a_new_chain_widen_the_next_ones(monkeypatch):
-    tree = mcts.Search(12, 0, 0.2, 2.0, 12, 4, True)
-    leave = tree.leave
-    monkeypatch.setattr(mcts.Search, "simulate", lambda self: ([self.root], None))
-    assert tree.propose(1) == {} and leave < tree.leave <= 0.5
-    tree.restart((0, 1))
-    assert tree.leave == leave and tree.root.visits == 0
+def test_simulations_that_find_no_new_chain_widen_the_rollouts_of_their_batch(monkeypatch):
+    tree, leaves = mcts.Search(12, 0, 0.2, 2.0, 12, 4, True), []
+
+    def simulate(self, leave):
+        leaves.append(leave)
+        return [self.root], None
+    monkeypatch.setattr(mcts.Search, "simulate", simulate)
+    assert tree.propose(1) == {} == tree.propose(1)
+    assert leaves[:20] == leaves[20:] == sorted(leaves[:20]) and tree.leave == leaves[0] < leaves[1] < leaves[19] == 0.5
+
+
+def test_a_walk_down_the_tree_stops_at_the_bound_on_depth(monkeypatch):
+    tree = mcts.Search(4, 0, 0.2, 8.0, 4, 4, True)
+    tree.update({tree.best: []}, [True])
+    for _ in range(40):
+        if pending := tree.propose(16):
+            tree.update(pending, [False] * len(pending))
+
+    def depths(node, depth=0):
+        return [depth, *(d for action, child in node.children.items() if action != 4 for d in depths(child, depth + 1))]
+    assert tree.limit == 4 == max(depths(tree.root)) and tree.root.closed
+    assert {*tree.known} == {chain for n in range(5) for chain in itertools.product(range(4), repeat=n)}
 
 
 def test_the_best_chain_is_followed_and_bounds_the_depth():

@@ -57,7 +57,7 @@ def tables(args):
             "a rollout is drawn once, known chain or not": (ours, constants(TRIES=1)),
             "no wider rollouts where no new chain is found": (ours, constants(WIDEN=1)),
             "no bound on depth": (ours, keeping("limit")),
-            "policy follows the full-depth chain (so no tree, no bound)": (ours, keeping("best", "limit")),
+            "policy follows the full-depth chain (so no bound)": (ours, keeping("best", "ends", "root", "limit")),
             "skips of at most 4 layers": (uct(max_skip=4), None),
             "no more loops while nothing is right": (ours, constants(EARLY_LOOP=mcts.LOOP)),
             "exploration 2": (uct(exploration=2), None),
