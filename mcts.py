@@ -139,7 +139,7 @@ class Search:
         return self.policies[last, follow, self.loop]
 
     def rejoin(self, layer, position):
-        """Where the best chain goes on after a layer: the nearest of its `ends`."""
+        """Where the best chain goes on after a layer: of its `ends` the nearest, of two as near the earlier."""
         ends = self.ends[layer]
         return ends[0] if len(ends) == 1 else min(ends, key=lambda end: abs(end - 1 - position))
 

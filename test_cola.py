@@ -501,6 +501,13 @@ def test_following_the_best_chain_is_likelier_than_leaving_it():
     assert tree.select(node, policy) == 2
 
 
+def test_the_best_chain_goes_on_behind_the_nearest_use_of_a_layer_or_where_it_steps_over_it():
+    tree = mcts.Search(6, 0, 0.2, 2.0, 6, 6, True)
+    tree.restart((0, 1, 2, 1, 2, 4))
+    assert [tree.rejoin(1, position) for position in range(6)] == [2, 2, 2, 4, 4, 4]
+    assert [tree.rejoin(layer, 0) for layer in (0, 3, 4, 5)] == [1, 5, 6, 6]
+
+
 def test_simulations_that_find_no_new_chain_widen_the_rollouts_of_their_batch(monkeypatch):
     tree, leaves = mcts.Search(12, 0, 0.2, 2.0, 12, 4, True), []
 
@@ -543,6 +550,13 @@ def test_a_reward_that_asks_for_less_does_not_hide_better_chains(monkeypatch):
     tree = mcts.Search(12, 0, 0.2, 8.0, 12, 4, True)
     tree.update({tree.best: [], (0, 0, 0, 0, 0, 5, 6, 7, 8): []}, [False, True])
     assert tree.limit == 11  # eleven layers, none twice, cost as much
+
+
+def test_a_setting_out_of_range_is_refused_by_name():
+    for name, value in [("n_layers", 0), ("simulations", 0), ("batch", 0), ("max_skip", -1), ("max_loop", -1),
+                        ("depth_penalty", -0.1), ("depth_penalty", float("nan")), ("exploration", float("inf"))]:
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            mcts.search(planted((1,)), **{"n_layers": 4, name: value})
 
 
 def test_best_has_the_highest_reward_among_right_chains():
@@ -1179,10 +1193,10 @@ BAD_INPUT = {
     "unknown dataset": ("arithmetic-5", lambda tmp: ["--dataset", "arithmetics"]),
     "negative shots": ("shots", lambda tmp: ["--shots", -1]),
     "too many shots": ("fewer --shots", lambda tmp: [*bad_rows(tmp, ARC % "A"), "--shots", 1]),
-    "no simulations": ("simulations", lambda tmp: ["--simulations", 0]),
-    "negative penalty": ("depth_penalty", lambda tmp: ["--depth-penalty", -1]),
-    "nan penalty": ("depth_penalty", lambda tmp: ["--depth-penalty", "nan"]),
-    "negative window": ("max_skip", lambda tmp: ["--max-skip", -1]),
+    "no simulations": ("--simulations: must be 1", lambda tmp: ["--simulations", 0]),
+    "negative penalty": ("--depth-penalty: must be 0", lambda tmp: ["--depth-penalty", -1]),
+    "nan penalty": ("--depth-penalty: must be 0", lambda tmp: ["--depth-penalty", "nan"]),
+    "negative window": ("--max-skip: must be 0", lambda tmp: ["--max-skip", -1]),
     "layer out of range": ("0 to 11", lambda tmp: ["--chain", "0-5,12"]),
     "malformed chain": ("0-5,5,8-11", lambda tmp: ["--chain", "0-5,,7"]),
     "backward range": ("0-5,5,8-11", lambda tmp: ["--chain", "5-0"]),

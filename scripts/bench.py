@@ -146,8 +146,6 @@ def row(label, total):
 
 
 def main(args):
-    if args.subset < 1:
-        raise ValueError(f"subset must be 1 or more, not {args.subset}")
     lines, unlike = [], []
     for name in args.models:
         args.model = name
@@ -182,7 +180,7 @@ def parser():
                        help="a checkpoint to measure besides tiny")
     bench.add_argument("--arc", default="arc-easy", metavar="NAME",
                        help="a dataset for it besides arithmetic-1 (default: %(default)s)")
-    bench.add_argument("--subset", type=int, default=32, metavar="N",
+    bench.add_argument("--subset", type=cola.at_least(1), default=32, metavar="N",
                        help="chains a sample for (a), (b) and (c) (default: %(default)s)")
     return p
 

@@ -79,7 +79,7 @@ def parser():
     table.add_argument("--only", nargs="+", metavar="ROW", help="rows of the table to make, by their names in it")
     table.add_argument("--samples", default="0:250", metavar="FIRST:END",
                        help="samples to search (default: %(default)s)")
-    table.add_argument("--simulations", type=int, nargs="+", default=[50, 200], metavar="N",
+    table.add_argument("--simulations", type=cola.at_least(1), nargs="+", default=[50, 200], metavar="N",
                        help="distinct chains a sample, one or several budgets (default: 50 200)")
     return p
 
@@ -90,8 +90,6 @@ def shortest(evaluated, budget):
 
 
 def main(args):
-    if min(args.simulations) < 1:
-        raise ValueError(f"simulations must be 1 or more, not {min(args.simulations)}")
     model, tokenizer = cola.load_checkpoint(args)
     problems = data.load(args.dataset, args.shots, args.split)
     samples = common.parse_samples(args.samples, len(problems))

@@ -35,7 +35,7 @@ def parser():
                        help="samples to search (default: %(default)s)")
     study.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines, such as runs/arc.jsonl")
     study.add_argument("--no-decoy", action="store_true", help="leave this control out")
-    study.add_argument("--reorder", type=int, default=3, metavar="K",
+    study.add_argument("--reorder", type=cola.at_least(0), default=3, metavar="K",
                        help="other orders, or problems, to try the best chain on (default: %(default)s)")
     return p
 
@@ -114,8 +114,8 @@ def settings_of(args, model, tokenizer):
 def main(args):
     rank, ranks, local_rank = (int(os.environ.get(name, default)) for name, default  # torchrun sets them
                                in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
-    if args.reorder < 0 or args.out.suffix == ".gz":
-        raise ValueError("--reorder must be 0 or more, and --out a name without .gz")
+    if args.out.suffix == ".gz":
+        raise ValueError(f"--out must be a name without .gz, not {args.out}")
     if ranks > 1 and torch.cuda.is_available():
         args.device = args.device or f"cuda:{local_rank}"
     problems = data.load(args.dataset, args.shots, args.split)

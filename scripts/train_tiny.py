@@ -122,15 +122,13 @@ def main():
                         help="where to write the checkpoint (default: %(default)s)")
     parser.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"), metavar="FILE",
                         help="where to go on from (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=12, metavar="N", help="of the model (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=data.NUMBERS_BELOW, metavar="N",
+    parser.add_argument("--layers", type=cola.at_least(1), default=12, metavar="N", help="of the model (default: %(default)s)")
+    parser.add_argument("--limit", type=cola.at_least(10), default=data.NUMBERS_BELOW, metavar="N",
                         help="numbers are below it (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=7000, metavar="N", help="to train (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=256, metavar="N", help="problems a step (default: %(default)s)")
+    parser.add_argument("--steps", type=cola.at_least(1), default=7000, metavar="N", help="to train (default: %(default)s)")
+    parser.add_argument("--batch", type=cola.at_least(1), default=256, metavar="N", help="problems a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and sums (default: %(default)s)")
     args = parser.parse_args()
-    if args.limit < 10:
-        parser.error("--limit must be 10 or more, or there are too few problems to test on")
     run = str((args.layers, args.limit, args.steps, args.batch, args.seed))
 
     tokenizer = make_tokenizer()
