@@ -93,7 +93,8 @@ def load(dataset, shots=0, split=None):
 
     Args:
       dataset: a name in DATASETS, or the path of a JSON Lines file.
-      shots: how many worked examples to put before each question: others of the dataset, of arithmetic training ones.
+      shots: how many worked examples to put before each question: other problems of the dataset; for arithmetic,
+        training problems.
       split: "train", "validation" or "test", for benchmarks that have several; None means "test".
     Raises ValueError or OSError (huggingface_hub's errors are among these) that says what is wrong.
     """
@@ -107,7 +108,8 @@ def load(dataset, shots=0, split=None):
         pool = by_turns([arithmetic(level, shots + 1, test=False) for level in levels])
     else:
         problems = pool = read_dataset(dataset, split or "test")
-    pool = [*{problem.question: problem for problem in pool}.values()][:shots + 1]  # one more: none is its own example
+    # One more than asked for, as no problem is its own example.
+    pool = [*{problem.question: problem for problem in pool}.values()][:shots + 1]
     if len(pool) <= shots:
         raise ValueError(f"{dataset} has too few questions ({len(pool)}) for {shots} examples; use fewer --shots")
     return [replace(problem, examples=tuple(other for other in pool if other.question != problem.question)[:shots])
@@ -174,7 +176,7 @@ def read_jsonl(path):
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
-                    json.dumps(row, ensure_ascii=False).encode()  # escapes may hide half a character
+                    json.dumps(row, ensure_ascii=False).encode()  # an escape such as \ud83d is half a character
                     problems.append(read_row(row, f"{path}, line {number}", position=len(problems)))
     except UnicodeError:
         raise ValueError(f"{path} is not text in UTF-8; give a JSON Lines file") from None
@@ -196,11 +198,11 @@ def read_row(row, where, position):
     if "choices" in row:
         match row["choices"]:
             case {"text": [*texts], "label": [*labels]} if len(texts) == len(labels):
-                choices, texts = tuple(map(str, labels)), tuple(texts)
+                choices, texts = tuple(str(label).strip() for label in labels), tuple(texts)
             case _:
                 raise ValueError(f'{where}: choices must be {{"text": [...], "label": [...]}}, of equal length')
         question += listed(choices, texts)
-        answer = str(row.get("answerKey"))
+        answer = str(row.get("answerKey")).strip()
         if answer not in choices:
             raise ValueError(f"{where}: answerKey {answer!r} is none of the choices {', '.join(choices)}")
     else:

@@ -25,8 +25,8 @@ from bisect import bisect
 from dataclasses import dataclass
 from itertools import accumulate
 
-EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers steps; of these,
-LOOP, EARLY_LOOP = 0.25, 0.65  # the share that loops, once something is right and before; the rest skips or stops
+EDITS = 1.6  # how often the default policy leaves the best chain, in n_layers steps
+LOOP, EARLY_LOOP = 0.25, 0.65  # the share of these that loops, once something is right and before; others skip or stop
 TRIES = 10  # rollouts from a node, until one gives a new chain
 WIDEN = 1.2  # factor on how often rollouts leave the best chain, after a simulation that found no new one
 MATURE = 8  # visits from which a node chooses among its children: the mean of fewer rewards says little
@@ -80,22 +80,27 @@ class Policy:
     Attributes:
       actions: first the one that follows the best chain, then the others, likeliest first.
       priors: {action: its probability}.
-      away: cumulative probabilities of `actions` once the best chain is left.
+      cumulative: running sums of the probabilities of `actions` once the best chain is left, to draw one by bisection.
     """
     actions: list
     priors: dict
-    away: list
+    cumulative: list
 
 
 class Search:
     """The state of a search; arguments as in `search`. An action is a layer to append, or `stop`.
 
+    A walk keeps a `position`: the index in `best` of the layer that it appends next if it follows it; len(best) is
+    where it stops.
+
     Attributes:
       best: the chain that the default policy follows: the best so far, until one is right the full-depth chain.
-      limit: the depth beyond which not even a full score would make a chain the best.
+      limit: the depth beyond which not even a full score would make a chain the best; 2 * n_layers again once nothing
+        else is left.
       loop: LOOP or EARLY_LOOP.
       leave: probability of leaving the best chain at a step.
-      ends: for each layer, the positions in the best chain where it may go on after that layer.
+      ends: for each layer, the positions in the best chain that a walk may have after appending it: behind a use of
+        the layer, else where the best chain skips it, else the end.
       known: the chains that were evaluated or are about to be.
       policies: {(last layer, action that follows the best chain, loop): Policy}.
     """
@@ -111,10 +116,11 @@ class Search:
     def restart(self, chain):
         """Follows another chain, with a new tree: what nodes say of the ways around the one before is out of date."""
         self.best, self.root = chain, Node()
-        # The chain goes on behind a use of the layer, else where it steps over it.
-        self.ends = [[i + 1 for i, used in enumerate(chain) if used == layer]
-                     or [i for i, used in enumerate(chain) if used > layer and (i == 0 or chain[i - 1] < layer)]
-                     or [len(chain)] for layer in range(self.n_layers)]
+        self.ends = []
+        for layer in range(self.n_layers):
+            after_use = [i + 1 for i, used in enumerate(chain) if used == layer]
+            after_skip = [i for i, used in enumerate(chain) if used > layer and (i == 0 or chain[i - 1] < layer)]
+            self.ends.append(after_use or after_skip or [len(chain)])
 
     def window(self, last):
         """The layers that may be appended after the layer `last` (-1 before the first)."""
@@ -126,12 +132,12 @@ class Search:
         follow = self.best[position] if position < len(self.best) else self.stop
         if (last, follow, self.loop) not in self.policies:
             actions = [*self.window(last), self.stop]
-            loops = {action: 1 / (follow - action) for action in actions if action < follow}
-            skips = {action: 1 / (action - follow) for action in actions if action > follow}
+            back = {action: 1 / (follow - action) for action in actions if action < follow}
+            ahead = {action: 1 / (action - follow) for action in actions if action > follow}
             away = {follow: 0.0}
-            for share, kind in (self.loop, loops), (1 - self.loop, skips):
-                away |= {action: share * weight / sum(kind.values()) for action, weight in kind.items()}
-            away[follow] = max(0, 1 - sum(away.values()))  # the share of loops, or skips, where there are none
+            for share, weights in (self.loop, back), (1 - self.loop, ahead):
+                away |= {action: share * weight / sum(weights.values()) for action, weight in weights.items()}
+            away[follow] = max(0, 1 - sum(away.values()))  # the share of what there is none of
             priors = {action: self.leave * share for action, share in away.items()}
             priors[follow] += 1 - self.leave
             actions = sorted(priors, key=priors.get, reverse=True)
@@ -139,8 +145,8 @@ class Search:
         return self.policies[last, follow, self.loop]
 
     def rejoin(self, layer, position):
-        """Where the best chain goes on after a layer: of its `ends` the nearest, of two as near the earlier."""
-        ends = self.ends[layer]
+        """The position after appending a layer: of its `ends` the nearest to the old one, of two the earlier."""
+        ends = self.ends[layer]  # mostly one, and min() is slow
         return ends[0] if len(ends) == 1 else min(ends, key=lambda end: abs(end - 1 - position))
 
     def select(self, node, policy):
@@ -182,7 +188,8 @@ class Search:
                 chain.append(action)
             if action == self.stop or len(chain) >= self.limit:
                 node.closed = True
-                return path, tuple(chain) if tuple(chain) not in self.known else None
+                new = tuple(chain)
+                return path, None if new in self.known or len(new) > self.limit else new
             position = self.rejoin(action, position)
         for _ in range(TRIES):
             new = self.rollout(chain, position, leave)
@@ -200,7 +207,7 @@ class Search:
             if position > len(best):
                 break
             policy = self.policy(chain, position)
-            action = policy.actions[bisect(policy.away, draw() * policy.away[-1])]
+            action = policy.actions[bisect(policy.cumulative, draw() * policy.cumulative[-1])]
             if action == self.stop:
                 break
             chain.append(action)
@@ -210,13 +217,13 @@ class Search:
     def propose(self, count):
         """Up to `count` chains to evaluate, as {chain: the nodes on the way to it}."""
         pending, leave = {}, self.leave
-        for _ in range(20 * count):
+        for _ in range(20 * count):  # not for ever: most find nothing new where few chains are left
             path, chain = self.simulate(leave)
             for node in path:
                 node.visits += 1
             if chain is None:
                 leave = min(0.5, leave * WIDEN)
-                # As if it had come to a wrong chain of the greatest depth.
+                # The worst reward there is, that of a wrong chain of the greatest depth, sends the next ones elsewhere.
                 self.back_up(path, -self.result.depth_penalty * self.limit / self.n_layers)
             else:
                 pending[chain] = path
@@ -259,8 +266,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: the window of layers that may be appended (see above), max_skip None for all that are ahead;
         chains hold up to 2 * n_layers steps.
-      batch: how many chains to ask `score` for at a time; until then a walk counts as a visit of reward 0, which
-        is more than a wrong chain gets, yet the bound falls as visits rise (in place of a virtual loss).
+      batch: how many chains to ask `score` for at a time; until its score is in, a walk counts as a visit of reward 0.
+        That mostly lowers the bounds on its way, and the next walks go elsewhere (a weak virtual loss).
       learn: False draws every chain from the default policy around the full-depth chain, with no tree and with nothing
         learned from scores: a control.
     Returns a Result. It holds fewer than `simulations` chains only where there are no more; the control also gives up
@@ -273,15 +280,15 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                                ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0)]:
         if not least <= value < math.inf:
             raise ValueError(f"{name} must be {least} or more, not {value}")
-    tree = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop, learn)
-    evaluated = tree.result.evaluated
-    tree.update({tree.best: []}, score([tree.best]))
+    state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop, learn)
+    evaluated = state.result.evaluated
+    state.update({state.best: []}, score([state.best]))
     while len(evaluated) < simulations:
-        pending = tree.propose(min(batch, simulations - len(evaluated)))
+        pending = state.propose(min(batch, simulations - len(evaluated)))
         if pending:
-            tree.update(pending, score([*pending]))
-        elif tree.root.closed and tree.limit < 2 * n_layers:  # nothing better is left: on to deeper chains
-            tree.limit, tree.root = 2 * n_layers, Node()
-        elif tree.root.closed or not learn:
+            state.update(pending, score([*pending]))
+        elif state.root.closed and state.limit < 2 * n_layers:  # nothing better is left: on to deeper chains
+            state.limit, state.root = 2 * n_layers, Node()
+        elif state.root.closed or not learn:
             break
-    return tree.result
+    return state.result

@@ -64,8 +64,8 @@ class Config:
             types = get_args(field.type) or [field.type]  # the members of a union
             if type(value) not in types:  # isinstance would take True for an int
                 raise ValueError(f"{field.name} is {value!r}")
-            positive = type(value) not in (int, float) or 0 < value < math.inf
-            if not positive and value != field.default:  # where 0 is the default it means that there is none
+            # Where 0 is the default it means that the model has no such part.
+            if type(value) in (int, float) and not 0 < value < math.inf and value != field.default:
                 raise ValueError(f"{field.name} {value} is out of range")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -95,7 +95,7 @@ class Config:
                                  f"{', '.join(map(str, supported))}")
         try:
             config = cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
-            # Positions end where the window does: so far attention is full, and the decoder needs no window.
+            # Within its first window a sliding attention is a full one: positions end there, so it needs no other code.
             window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
             if window and raw.get("use_sliding_window", True):
                 config = replace(config, max_position_embeddings=min(config.max_position_embeddings, window))
@@ -111,7 +111,8 @@ class KVCache:
     slot i belongs to the i-th step of the chain, whichever layer runs there. One cache serves one chain.
 
     Attributes:
-      length, chain: number of tokens held, and the chain that they went through.
+      length, chain: number of tokens held, and the chain that they went through; `Llama.hidden` sets both, once a
+        pass, where `append` is called once a step.
       slots: list with a pair (keys, values) for each step, each [B, key/value heads, length, head_dim].
     """
 
@@ -123,7 +124,7 @@ class KVCache:
         if step == len(self.slots):
             self.slots.append((k, v))
         else:
-            # Copies the past for each token, as a preallocated buffer would not; plain, and answers are short.
+            # Copies the whole past for each token; a preallocated buffer would not, but answers are short.
             past_k, past_v = self.slots[step]
             self.slots[step] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         return self.slots[step]
@@ -193,7 +194,8 @@ class Attention(nn.Module):
         v = self.heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.append(step, k, v)  # [B, key/value heads, past + T, head_dim]
-        # is_causal lines up the first query with the first key: right without past only. One new token sees all keys.
+        # is_causal takes the first query for the first position, which is right without a past. With one, a single new
+        # token sees all keys and needs no mask; several come with a mask.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
                                            enable_gqa=True)  # [B, heads, T, head_dim]
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -352,7 +354,7 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)  # [B, T, hidden_size]
         rope = self.rotary(past, past + new, x)
         mask = None
-        if past and new > 1:
+        if past and new > 1:  # token i of the new ones sees positions 0 to past + i
             mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past)
         for step, layer in enumerate(chain):
             x = self.layers[layer](x, rope, mask, cache, step)
@@ -455,7 +457,7 @@ class BatchVerifier:
         # Where the answer's tokens, and what follows them, are predicted: indices of problems and of positions.
         first = torch.tensor([[len(prompt) - 1] for prompt, _, _ in problems], device=device)
         positions = (first + torch.arange(longest_answer + 1, device=device)).clamp(max=longest - 1)
-        self.read = torch.arange(len(problems), device=device)[:, None], positions
+        self.answer_at = torch.arange(len(problems), device=device)[:, None], positions
         with torch.inference_mode():
             self.embedded = model.embed_tokens(tokens)  # the states of the empty prefix: [problems, T, hidden_size]
         self.rope = model.rotary(0, longest, self.embedded)
@@ -477,15 +479,16 @@ class BatchVerifier:
         while True:
             for chain in [chain for chain, (steps, _) in front.items() if steps == len(chain)]:
                 _, states = front.pop(chain)
-                ends[chain] = states[self.read]
+                ends[chain] = states[self.answer_at]
             if not front:
                 break
+            # The lowest: chains mostly climb, so those behind come to the layers where the others wait, and join them.
             layer = min(chain[steps] for chain, (steps, _) in front.items())
             batch = {chain[:steps + 1]: states for chain, (steps, states) in front.items() if chain[steps] == layer}
             self.steps_run += len(batch)
-            after = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(len(self.problems))
+            outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(len(self.problems))
             # A clone for each prefix, or one that is kept would hold its whole batch in memory.
-            after = {prefix: states.clone() for prefix, states in zip(batch, after)}
+            after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
             for prefix, states in after.items():
                 self.keep(prefix, states)
             for chain, (steps, _) in front.items():

@@ -418,6 +418,11 @@ def test_search_stays_within_the_window(max_skip, max_loop):
     assert all(allowed(chain, max_skip, max_loop) for chain in result.evaluated)
 
 
+def test_by_default_a_step_may_skip_any_number_of_layers():
+    evaluated = mcts.search(planted(()), 12, 300).evaluated
+    assert max(b - a for chain in evaluated for a, b in zip((-1, *chain), chain)) > 8
+
+
 def test_search_evaluates_no_chain_too_deep_to_become_the_best():
     depths, planted_score = [], planted((0, 4, 9))
 
@@ -472,7 +477,7 @@ def test_selection_weighs_mean_rewards_and_priors_of_open_actions():
     tree = mcts.Search(4, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=4, max_loop=4, learn=True)
 
     def selected(priors):
-        return tree.select(node, mcts.Policy([*priors], priors, away=[]))
+        return tree.select(node, mcts.Policy([*priors], priors, cumulative=[]))
     node = mcts.Node()
     node.children = {0: mcts.Node(), 1: mcts.Node()}
     node.visits, node.children[0].visits, node.children[1].visits = 10, 5, 5
@@ -486,6 +491,25 @@ def test_selection_weighs_mean_rewards_and_priors_of_open_actions():
     assert selected({0: 0.9, 1: 0.1}) is None
 
 
+def test_selection_follows_the_formula():
+    tree, node = mcts.Search(4, 0, 0.2, 1.0, 4, 4, True), mcts.Node()
+    node.visits, node.value, node.children = 16, 8.0, {0: mcts.Node(), 1: mcts.Node()}
+    node.children[0].visits, node.children[1].visits, node.children[1].value = 1, 3, 3 * 0.9
+
+    def selected(**priors):
+        priors = {"abc".index(action): prior for action, prior in priors.items()}
+        return "abc"[tree.select(node, mcts.Policy(sorted(priors, key=priors.get, reverse=True), priors, []))]
+    assert selected(a=0.49, b=0.1) == "b" and selected(a=0.51, b=0.1) == "a"  # 2 * prior against 0.9 + prior
+    assert selected(a=0.1, b=0.1, c=0.12) == "b" and selected(a=0.1, b=0.1, c=0.13) == "c"  # 0.5 + 4 * prior
+
+
+def test_a_node_chooses_among_its_children_once_it_is_mature():
+    tree = mcts.Search(6, 0, 0.2, 8.0, 6, 4, True)
+    for visits in range(mcts.MATURE + 1):
+        tree.root.visits = visits
+        assert len(tree.simulate(tree.leave)[0]) == (2 if visits == mcts.MATURE else 1)
+
+
 def test_following_the_best_chain_is_likelier_than_leaving_it():
     tree, node = mcts.Search(8, 0, 0.2, 2.0, 1, 3, True), mcts.Node()
     node.visits, node.children = 12, {action: mcts.Node() for action in (4, 3, 2, 1, 0, 8)}
@@ -496,7 +520,7 @@ def test_following_the_best_chain_is_likelier_than_leaving_it():
     loops, skips = 0.2 * 0.65 * 6 / 11, 0.2 * 0.35 * 5 / 6
     assert policy.priors == pytest.approx({3: 0.8, 2: loops, 1: loops / 2, 0: loops / 3, 4: skips, 8: skips / 5})
     away = [policy.priors[action] / 0.2 for action in policy.actions[1:]]
-    assert policy.away == pytest.approx([0, *itertools.accumulate(away)])
+    assert policy.cumulative == pytest.approx([0, *itertools.accumulate(away)])
     node.children[3].closed = True
     assert tree.select(node, policy) == 2
 
@@ -506,6 +530,22 @@ def test_the_best_chain_goes_on_behind_the_nearest_use_of_a_layer_or_where_it_st
     tree.restart((0, 1, 2, 1, 2, 4))
     assert [tree.rejoin(1, position) for position in range(6)] == [2, 2, 2, 4, 4, 4]
     assert [tree.rejoin(layer, 0) for layer in (0, 3, 4, 5)] == [1, 5, 6, 6]
+
+
+def test_rollouts_follow_the_probabilities_of_the_policy():
+    tree = mcts.Search(4, 0, 0.2, 8.0, 4, 4, True)
+    tree.restart((0, 2, 3))
+    chains = [tree.rollout([], 0, tree.leave) for _ in range(10000)]
+    for prefix, position in [((), 0), ((0,), 1), ((0, 2), 2), ((1,), 1), ((0, 0), 1)]:  # a skipped, a looped layer
+        after = [(*chain, tree.stop)[len(prefix)] for chain in chains if chain[:len(prefix)] == prefix]
+        shares = {action: after.count(action) / len(after) for action in range(5)}
+        assert shares == pytest.approx(tree.policy(prefix, position).priors, abs=0.04)
+
+
+def test_a_rollout_to_a_known_chain_or_too_deep_is_drawn_again(monkeypatch):
+    tree, drawn = mcts.Search(4, 0, 0.2, 8.0, 4, 4, True), iter([(0, 1, 2, 3), (0,) * 9, (1,)])
+    monkeypatch.setattr(mcts.Search, "rollout", lambda *_: next(drawn))
+    assert tree.simulate(0.4) == ([tree.root], (1,))
 
 
 def test_simulations_that_find_no_new_chain_widen_the_rollouts_of_their_batch(monkeypatch):
@@ -530,17 +570,23 @@ def test_a_walk_down_the_tree_stops_at_the_bound_on_depth(monkeypatch):
         return [depth, *(d for action, child in node.children.items() if action != 4 for d in depths(child, depth + 1))]
     assert tree.limit == 4 == max(depths(tree.root)) and tree.root.closed
     assert {*tree.known} == {chain for n in range(5) for chain in itertools.product(range(4), repeat=n)}
+    tree.update({(): []}, [True])
+    assert tree.limit == 0 and not any(tree.propose(1) for _ in range(3))
 
 
 def test_the_best_chain_is_followed_and_bounds_the_depth():
     tree, full, deep = mcts.Search(6, 0, 0.3, 2.0, 6, 4, True), tuple(range(6)), (0,) * 12
+    early = tree.policy((0,), 1).priors[0]
     for scores, best, limit in [({full: 0, (0,): 0}, full, 12),  # as long as nothing is right
                                 ({deep: 0.1, (1,): 0}, deep, 12),  # whatever the rewards of wrong chains
                                 ({(3,): 0.5}, (3,), 11),  # ten more layers cost the half that is missing
                                 ({(1, 2): 0.5}, (3,), 11), ({(4,): 0.9, (5, 5): 0.9}, (4,), 3), ({(): 1}, (), 0)]:
+        before, root = tree.best, tree.root
         tree.update({chain: [] for chain in scores}, scores.values())
-        assert (tree.best, tree.limit) == (best, limit)
+        assert (tree.best, tree.limit) == (best, limit) and (tree.root is root) == (best == before)
         assert tree.loop == (mcts.LOOP if tree.result.evaluated[best] else mcts.EARLY_LOOP)
+    tree.restart(full)
+    assert tree.policy((0,), 1).priors[0] == pytest.approx(early * mcts.LOOP / mcts.EARLY_LOOP)
 
 
 def test_a_reward_that_asks_for_less_does_not_hide_better_chains(monkeypatch):
@@ -564,6 +610,7 @@ def test_best_has_the_highest_reward_among_right_chains():
     assert mcts.Result(scores, n_layers=4, depth_penalty=0.2).best == (0, 1, 2)
     assert mcts.Result(scores, n_layers=4, depth_penalty=2.0).best == (0, 1)
     assert mcts.Result({(0, 1): 0}, n_layers=2, depth_penalty=0.2).best is None
+    assert mcts.Result({(0, 1): 0.1}, n_layers=2, depth_penalty=0.2).best == (0, 1)
     assert mcts.Result({(0, 1): 1, (1,): 1, (0,): 1}, n_layers=2, depth_penalty=0).right() == [(1,), (0,), (0, 1)]
 
 
@@ -606,6 +653,8 @@ ROWS = {
     "gsm8k": ({"question": "How many?", "answer": "3 * 6 = 18\n#### 1,018"}, "Question: How many?\nAnswer:", "1018"),
     "plain": ({"question": "1 + 1?", "answer": 2}, "Question: 1 + 1?\nAnswer:", "2"),
     "decimal": ({"question": "1 / 2?", "answer": 0.5}, "Question: 1 / 2?\nAnswer:", "0.5"),
+    "spaced": ({"question": " Hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B "]}, "answerKey": "B\n"},
+               "Question: Hot?\nA. ice\nB. fire\nAnswer:", "B"),
     "numbered": ({"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": [1, 2]}, "answerKey": 2},
                  "Question: Hot?\n1. ice\n2. fire\nAnswer:", "2"),
 }

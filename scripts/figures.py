@@ -105,7 +105,7 @@ def tradeoff(studies):
         panel.plot(*zip(*curve.values()), color=color, label=title)
         for penalty in (1, 2):
             panel.plot(*curve[penalty], "o", color=color, markersize=4)
-            panel.annotate(penalty, curve[penalty], (5, -8), textcoords="offset points", color=color)
+            panel.annotate(penalty, curve[penalty], (-9, 4), textcoords="offset points", color=color)
         of_full = 100, 100 * sum(line["initial_score"] for line in lines) / len(lines)
         panel.plot(*zip(curve[0.5], of_full), "s:", color=color, linewidth=1, markevery=[1])
     panel.set(xlabel="mean depth, % of the layers", ylabel="accuracy, %", xlim=(0, None), ylim=(0, 103))
