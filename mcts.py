@@ -12,8 +12,8 @@ That is UCT [1] with priors in the bound [2]. What we added, each measured in th
     on with it from where it meets it again. Its probabilities are the priors of the tree.
   - A rollout that comes to a known chain, or to one too deep, is drawn again: a chain's score does not change. After a
     simulation that finds no new chain all the same, the rollouts of that batch leave the best chain more often.
-  - A chain so deep that even a full score would not make it the best is not evaluated (branch and bound): at that depth
-    a walk stops.
+  - A chain so deep that even a full score would not make it the best waits until there are no others (branch and
+    bound): at that depth a walk stops.
   - When a better chain is found, or one as good, the tree starts anew around it.
 
 References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT, Silver et al. 2016.
