@@ -292,11 +292,11 @@ def one_line(error):
         return "no such folder, and no such repository on the hub; check the name, or log in with `hf auth login`"
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return ("the model or the dataset is not on this machine, nor wholly in the hub's cache, and the hub cannot be "
-                "reached; try again online")
+                "reached; try again online, or give a local folder or file")
     if isinstance(error, torch.OutOfMemoryError):
         return "the device has too little memory; use a smaller model, --cache-mb or --batch, or --device cpu"
     if isinstance(error, HTTPError):
-        return f"the hub does not answer as it should ({' '.join(str(error).split())}); try again later"
+        return f"the hub cannot be reached, or fails ({' '.join(str(error).split())}); try again later"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; give another path"
     return " ".join(str(error).split())

@@ -19,11 +19,11 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qsl, urlsplit
 
+import cola  # before torch, as it silences a warning
 import pytest
 import torch
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-import cola
 import data
 import mcts
 from model import BatchVerifier, Config, KVCache, Llama, Verifier
