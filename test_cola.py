@@ -559,7 +559,7 @@ def test_simulations_that_find_no_new_chain_widen_the_rollouts_of_their_batch(mo
     assert leaves[:20] == leaves[20:] == sorted(leaves[:20]) and tree.leave == leaves[0] < leaves[1] < leaves[19] == 0.5
 
 
-def test_a_walk_down_the_tree_stops_at_the_bound_on_depth(monkeypatch):
+def test_a_walk_down_the_tree_stops_at_the_bound_on_depth():
     tree = mcts.Search(4, 0, 0.2, 8.0, 4, 4, True)
     tree.update({tree.best: []}, [True])
     for _ in range(40):

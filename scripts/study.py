@@ -1,7 +1,7 @@
 """Searches many samples, each with a control, and writes one JSON line a sample.
 
     python -m scripts.study --out runs/tiny.jsonl
-    torchrun --nproc-per-node 8 -m scripts.study --dataset arc-easy --samples 0:500 --out runs/arc.jsonl
+    torchrun --nproc-per-node 8 -m scripts.study --dataset arc-easy --model ORG/NAME --samples 0:500 --out arc.jsonl
 
 A line is on the disk before the next sample begins; the same command goes on where it was stopped. Of several processes
 each takes its part of the samples and writes its own file beside --out, such as runs/arc.rank3.jsonl; they need not

@@ -122,11 +122,14 @@ def main():
                         help="where to write the checkpoint (default: %(default)s)")
     parser.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"), metavar="FILE",
                         help="where to go on from (default: %(default)s)")
-    parser.add_argument("--layers", type=cola.at_least(1), default=12, metavar="N", help="of the model (default: %(default)s)")
+    parser.add_argument("--layers", type=cola.at_least(1), default=12, metavar="N",
+                        help="of the model (default: %(default)s)")
     parser.add_argument("--limit", type=cola.at_least(10), default=data.NUMBERS_BELOW, metavar="N",
                         help="numbers are below it (default: %(default)s)")
-    parser.add_argument("--steps", type=cola.at_least(1), default=7000, metavar="N", help="to train (default: %(default)s)")
-    parser.add_argument("--batch", type=cola.at_least(1), default=256, metavar="N", help="problems a step (default: %(default)s)")
+    parser.add_argument("--steps", type=cola.at_least(1), default=7000, metavar="N",
+                        help="to train (default: %(default)s)")
+    parser.add_argument("--batch", type=cola.at_least(1), default=256, metavar="N",
+                        help="problems a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and sums (default: %(default)s)")
     args = parser.parse_args()
     run = str((args.layers, args.limit, args.steps, args.batch, args.seed))
