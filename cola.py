@@ -182,8 +182,9 @@ class Sample:
 
     Attributes:
       prompt, target: token ids of the prompt and of the right answer after it.
-      stop: set of ids that end an answer; None where it is complete as it stands, being a letter.
-      verify: the Verifier, which tells of a list of chains which are right.
+      stop: set of ids that end an answer; None for the label of a choice, unless another label begins with it.
+      fused: set of ids that spell the target's last token and a line break.
+      verify: the Verifier of this answer.
     Raises ValueError where the tokenizer is not the model's, or the prompt is too long.
     """
 
@@ -192,14 +193,20 @@ class Sample:
         self.prompt, self.target = tokenizer.encode(problem)
         if max(self.prompt + self.target) >= model.config.vocab_size:
             raise ValueError("the tokenizer has more tokens than the model; fetch the checkpoint again")
-        self.stop = None if problem.choices else tokenizer.stop
-        self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb)
+        complete = [label for label in problem.choices if label.startswith(problem.answer)] == [problem.answer]
+        self.stop = None if complete else tokenizer.stop
+        self.fused = tokenizer.fused(self.target[-1])
+        self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb, self.fused)
 
     def answer(self, chain):
         """The text that greedy decoding writes under a chain, and whether it is the right answer."""
         limit = len(self.target) if self.stop is None else max(32, len(self.target) + 1)
-        text = self.tokenizer.decode(self.model.generate(self.prompt, chain, limit, self.stop))
-        return text.strip(), data.exact_match(text, self.problem.answer)
+        text = self.read(self.model.generate(self.prompt, chain, limit, self.stop, self.tokenizer.breaks))
+        return text, data.exact_match(text, self.problem.answer)
+
+    def read(self, ids):
+        """The answer that generated ids spell: their text up to a line break."""
+        return self.tokenizer.decode(ids).partition("\n")[0].strip()
 
 
 def load_sample(args):

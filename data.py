@@ -255,7 +255,8 @@ class Tokenizer:
       chat: whether to put problems through the chat template, where there is one.
     Attributes:
       chat: whether that is done.
-      stop: set of ids that end an answer: end-of-text tokens, and all whose text begins with a new line.
+      stop: set of ids that end an answer: end-of-text tokens, and line breaks with nothing but white space before.
+      breaks: {id: text before its line break} for every token with one; most vocabularies have some such as ")\\n".
     Raises ValueError, or OSError for a missing file, with one line that says what to do.
     """
 
@@ -283,7 +284,10 @@ class Tokenizer:
         ends = read_json(folder / "config.json").get("eos_token_id") if ends is None else ends
         ids = range(self.tokenizer.get_vocab_size())
         texts = self.tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
-        self.stop = {i for i, text in zip(ids, texts) if text.startswith("\n")}
+        self.texts = dict(zip(ids, texts))
+        # Of the tokens with a line break what stands before it; white space does not count in exact match.
+        self.breaks = {i: text.partition("\n")[0].rstrip() for i, text in self.texts.items() if "\n" in text}
+        self.stop = {i for i, before in self.breaks.items() if not before}
         self.stop |= {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
 
     def find_template(self, folder):
@@ -315,6 +319,10 @@ class Tokenizer:
         if both[:len(ids)] != ids:  # a token reaches across the border
             both = ids + self.tokenizer.encode(answer, add_special_tokens=False).ids
         return ids, both[len(ids):]
+
+    def fused(self, token):
+        """The tokens that spell this one and a line break after it, such as ")\\n" for ")"."""
+        return {i for i, before in self.breaks.items() if before and before == self.texts[token].rstrip()}
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)

@@ -374,20 +374,20 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden(tokens, chain, cache))
 
     @torch.inference_mode()
-    def generate(self, tokens, chain=None, max_new_tokens=32, stop=None):
+    def generate(self, tokens, chain=None, max_new_tokens=32, stop=(), last=()):
         """Greedy decoding: a list of prompt ids to the list of new ids.
 
-        It ends before the first token that is in `stop`, a set of ids, and where the model's positions end. Raises
-        ValueError as `forward` does.
+        Ends before the first token in `stop`, after the first one in `last` (both are sets of ids, or None), and at
+        the model's last position. Raises ValueError as `forward` does.
         """
         cache, new = KVCache(), []
         unread = torch.tensor([tokens], device=self.lm_head.weight.device)  # first the whole prompt (prefill)
         while len(new) < max_new_tokens:
             token = self.lm_head(self.hidden(unread, chain, cache)[0, -1]).argmax().item()
-            if stop is not None and token in stop:
+            if token in (stop or ()):
                 break
             new.append(token)
-            if cache.length == self.config.max_position_embeddings:
+            if token in (last or ()) or cache.length == self.config.max_position_embeddings:
                 break
             unread = unread.new_tensor([[token]])
         return new
@@ -409,13 +409,37 @@ def check_positions(n_tokens, config):
                          "use a shorter prompt, such as another sample or fewer worked examples")
 
 
+HEAD_ROWS = 256  # positions that go through the head at once: their logits over a large vocabulary fill memory
+
+
+def judge(logits, answer, stop, fused):
+    """Scores an answer by the logits [chains, len(answer) + 1, vocab_size] at the positions that predict it and a stop.
+
+    answer, stop and fused are id tensors as for `BatchVerifier`; without a stop there is one position less.
+    Returns [chains, 2]: 1 if greedy decoding writes the answer and stops, else 0; and the promise.
+    """
+    logits, n = logits.float(), len(answer)
+    total, greedy = logits.logsumexp(-1), logits.argmax(-1)  # [chains, positions]
+    matches = greedy[:, :n] == answer  # [chains, len(answer)]
+    tokens = logits[:, range(n), answer] - total[:, :n]
+    ends, end = True, 0
+    if stop is not None:
+        ends, end = torch.isin(greedy[:, n], stop), logits[:, n, stop].logsumexp(-1) - total[:, n]
+    # Two ways to end: the last token and then a stop, or both in one token.
+    ends_at_once, end_at_once = torch.isin(greedy[:, n - 1], fused), logits[:, n - 1, fused].logsumexp(-1) - total[:, n - 1]
+    correct = matches.all(-1) & ends | matches[:, :-1].all(-1) & ends_at_once
+    promise = torch.logaddexp(tokens.sum(-1) + end, tokens[:, :-1].sum(-1) + end_at_once) / logits.shape[1]
+    # Where logits overflow there is no promise; rounding may lift it above 0.
+    return torch.stack((correct.float(), promise.nan_to_num(nan=-math.inf, neginf=-math.inf).clamp(max=0)), dim=-1)
+
+
 class BatchVerifier:
-    """Tells which problems greedy decoding under a chain would answer right, for many chains at the price of a few.
+    """Scores chains on several problems: would greedy decoding under the chain write the answer, and how likely is it?
 
     One pass a chain. As in speculative decoding the answer is a draft: run on prompt + answer, a chain would have
     written each of the answer's tokens if and only if each is the argmax after those before it. So there is no
-    decoding loop, no key/value cache, and the head runs on the answer's positions only. Problems are padded on the
-    right, where causal attention does not look.
+    decoding loop, no key/value cache, and the head runs on the answer's positions only. Problems are padded at the
+    end, where causal attention does not look.
 
     Shared prefixes. Chains that begin alike share their hidden states, which are kept by prefix, under a byte budget.
 
@@ -429,10 +453,11 @@ class BatchVerifier:
 
     Args:
       model: a Llama.
-      problems: list of (prompt, answer, stop), not empty: prompt (not empty either) and answer are token ids; stop is
-        a set of ids of which one must follow the answer, or None where an answer is complete as it stands.
-      cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; verdicts do not depend
-        on it, but for rounding.
+      problems: list of (prompt, answer, stop, fused), not empty. prompt (not empty either) and answer are token ids.
+        stop is a set of ids, one of which must follow the answer, or None if the answer is complete without. fused is
+        a set of single tokens that spell the answer's last token and a stop after it, such as ")\\n".
+      cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; scores do not depend
+        on it, except for rounding.
     Attributes:
       steps_asked: layer steps of all the chains so far, as if each was run by itself.
       steps_run: layer steps that were run.
@@ -442,51 +467,69 @@ class BatchVerifier:
     def __init__(self, model, problems, cache_mb=1024):
         if cache_mb < 0:
             raise ValueError(f"cache_mb must be 0 or more, not {cache_mb}")
-        problems = [(list(prompt), list(answer), stop) for prompt, answer, stop in problems]
         if not problems:
             raise ValueError("there are no problems to verify; give at least one")
-        if not all(prompt for prompt, _, _ in problems):
+        if not all(len(prompt) for prompt, *_ in problems):
             raise ValueError("the prompt has no tokens; give it at least one")
-        self.model, self.problems, self.free_bytes = model, problems, cache_mb * 2 ** 20
-        longest = max(len(prompt) + len(answer) for prompt, answer, _ in problems)
-        longest_answer = max(len(answer) for _, answer, _ in problems)
+        problems = [(*problem, ())[:4] for problem in problems]  # fused may be left out
+        self.model, self.free_bytes = model, cache_mb * 2 ** 20
+        longest = max(len(prompt) + len(answer) for prompt, answer, *_ in problems)
         check_positions(longest, model.config)
         device = model.lm_head.weight.device
         tokens = torch.tensor([[*prompt, *answer] + [0] * (longest - len(prompt) - len(answer))
-                               for prompt, answer, _ in problems], device=device)
-        # Where the answer's tokens, and what follows them, are predicted: indices of problems and of positions.
-        first = torch.tensor([[len(prompt) - 1] for prompt, _, _ in problems], device=device)
-        positions = (first + torch.arange(longest_answer + 1, device=device)).clamp(max=longest - 1)
-        self.answer_at = torch.arange(len(problems), device=device)[:, None], positions
+                               for prompt, answer, *_ in problems], device=device)
+        self.expected = [[ids if ids is None else torch.tensor([*ids], dtype=torch.long, device=device)
+                          for ids in (answer, stop, fused)] for _, answer, stop, fused in problems]
+        # The rows [problem, position] that predict the answers and the stops, and how many of them each problem has.
+        self.row_counts = [max(1, len(answer) + (stop is not None)) for _, answer, stop, _ in problems]
+        self.rows = torch.tensor([(i, len(problems[i][0]) - 1 + row) for i, count in enumerate(self.row_counts)
+                                  for row in range(count)], device=device).unbind(1)
         with torch.inference_mode():
             self.embedded = model.embed_tokens(tokens)  # the states of the empty prefix: [problems, T, hidden_size]
         self.rope = model.rotary(0, longest, self.embedded)
         self.states = OrderedDict()  # {prefix: its hidden states}, the least recently used first
         self.steps_asked = self.steps_run = 0
 
-    @torch.inference_mode()
     def __call__(self, chains):
-        """A list of chains to a list of lists of bool, [chains][problems].
+        """A list of chains to a list of lists of bool, [chains][problems]: whether greedy decoding writes the answer.
 
         Raises ValueError for a layer that the model does not have.
         """
+        return [[correct for correct, _ in scores] for scores in self.score(chains)]
+
+    @torch.inference_mode()
+    def score(self, chains):
+        """A list of chains to a list of lists of (correct, promise), [chains][problems].
+
+        correct is as in `__call__`; promise is the mean log-probability of the answer's tokens and, where one is asked
+        for, of a stop after them. It is -inf where the logits overflow. Raises ValueError as `__call__` does.
+        """
+        chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
         if not chains:
             return []
-        chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
+        ends = self.run(chains)
+        columns = []  # one a problem, [chains, 2]
+        for states, ids in zip(torch.stack([*ends.values()]).split(self.row_counts, dim=1), self.expected):
+            parts = states.split(max(1, HEAD_ROWS // states.shape[1]))  # each [chains, positions, hidden_size]
+            columns.append(torch.cat([judge(self.model.lm_head(self.model.norm(part)), *ids) for part in parts]))
+        scores = dict(zip(ends, torch.stack(columns, dim=1).tolist()))
+        return [[(bool(correct), promise) for correct, promise in scores[chain]] for chain in chains]
+
+    def run(self, chains):
+        """The hidden states after each chain in the rows that the head reads, {chain: [rows, hidden_size]}."""
         self.steps_asked += sum(map(len, chains))
         front = {chain: self.recall(chain) for chain in chains}  # {chain: (steps done, hidden states after them)}
-        ends = {}  # {chain: the states that the head reads}
+        ends = {}
         while True:
             for chain in [chain for chain, (steps, _) in front.items() if steps == len(chain)]:
-                _, states = front.pop(chain)
-                ends[chain] = states[self.answer_at]
+                ends[chain] = front.pop(chain)[1][self.rows]
             if not front:
-                break
+                return ends
             # The lowest: chains mostly climb, so those behind come to the layers where the others wait, and join them.
             layer = min(chain[steps] for chain, (steps, _) in front.items())
             batch = {chain[:steps + 1]: states for chain, (steps, states) in front.items() if chain[steps] == layer}
             self.steps_run += len(batch)
-            outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(len(self.problems))
+            outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(len(self.expected))
             # A clone for each prefix, or one that is kept would hold its whole batch in memory.
             after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
             for prefix, states in after.items():
@@ -494,12 +537,6 @@ class BatchVerifier:
             for chain, (steps, _) in front.items():
                 if chain[steps] == layer:
                     front[chain] = steps + 1, after[chain[:steps + 1]]
-        greedy = self.model.lm_head(self.model.norm(torch.stack([*ends.values()]))).argmax(-1).tolist()
-        verdicts = {}
-        for chain, written in zip(ends, greedy):  # written: [problems][longest answer + 1]
-            verdicts[chain] = [ids[:len(answer)] == answer and (stop is None or ids[len(answer)] in stop)
-                               for ids, (_, answer, stop) in zip(written, self.problems)]
-        return [verdicts[chain] for chain in chains]
 
     def recall(self, chain):
         """The longest prefix of a chain whose states are kept: its length, and the states."""
@@ -518,13 +555,16 @@ class BatchVerifier:
 
 
 class Verifier(BatchVerifier):
-    """A `BatchVerifier` for one problem, given by prompt, answer and stop: a list of chains to a list of bool."""
+    """A `BatchVerifier` of one problem, given by prompt, answer, stop and fused: its scores are no lists."""
 
-    def __init__(self, model, prompt, answer, stop=None, cache_mb=1024):
-        super().__init__(model, [(prompt, answer, stop)], cache_mb)
+    def __init__(self, model, prompt, answer, stop=None, cache_mb=1024, fused=()):
+        super().__init__(model, [(prompt, answer, stop, fused)], cache_mb)
 
     def __call__(self, chains):
-        return [verdicts[0] for verdicts in super().__call__(chains)]
+        return [correct for correct, _ in self.score(chains)]
+
+    def score(self, chains):
+        return [scores[0] for scores in super().score(chains)]
 
 
 # Devices and checkpoints.

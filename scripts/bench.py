@@ -58,20 +58,21 @@ def one_by_one(sample, reference):
     model, prompt, stop = sample.model, sample.prompt, sample.stop
     limit = len(sample.target) + (stop is not None)  # tokens that settle whether the answer is right
     tokens = torch.tensor([prompt], device=model.lm_head.weight.device)
-    alone = Verifier(model, prompt, sample.target, stop, cache_mb=0)
+    alone = Verifier(model, prompt, sample.target, stop, 0, sample.fused)
+    breaks = sample.tokenizer.breaks
 
     def right(new):
-        ended = stop is None or len(new) < limit
-        return ended and data.exact_match(sample.tokenizer.decode(new), sample.problem.answer)
+        ended = stop is None or len(new) < limit or new[-1] in breaks
+        return ended and data.exact_match(sample.read(new), sample.problem.answer)
 
     def transformers_generate(chain):
         new = reference(chain).generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, use_cache=True,
-                                        max_new_tokens=limit, eos_token_id=sorted(stop or ()) or None, pad_token_id=0)
+                                        max_new_tokens=limit, eos_token_id=sorted({*(stop or ()), *breaks}) or None, pad_token_id=0)
         new = new[0, len(prompt):].tolist()
         return right(new[:-1] if stop and new[-1] in stop else new)
 
     ways = {"a": transformers_generate} if reference else {}
-    return ways | {"b": lambda chain: right(model.generate(prompt, chain, limit, stop)),
+    return ways | {"b": lambda chain: right(model.generate(prompt, chain, limit, stop, breaks)),
                    "c": lambda chain: alone([chain])[0]}
 
 
@@ -106,7 +107,7 @@ def bench(sample, reference, args, bar, total):
         bar.update(len(chains))
         return verdicts
 
-    warm_up = Verifier(model, sample.prompt, sample.target, sample.stop)
+    warm_up = Verifier(model, sample.prompt, sample.target, sample.stop, fused=sample.fused)
     mcts.search(warm_up, len(model.layers), 1 + args.batch, batch=args.batch)
     hooks = [layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, len(inputs[0]))))
              for layer in model.layers]

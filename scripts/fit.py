@@ -31,7 +31,7 @@ def verifiers(model, tokenizer, problems, cache_mb):
     """A BatchVerifier for each part of the problems."""
     parts = [problems[i:i + PART] for i in range(0, len(problems), PART)]
     samples = [[cola.Sample(model, tokenizer, problem) for problem in part] for part in parts]
-    return [BatchVerifier(model, [(sample.prompt, sample.target, sample.stop) for sample in part],
+    return [BatchVerifier(model, [(sample.prompt, sample.target, sample.stop, sample.fused) for sample in part],
                           cache_mb // len(parts)) for part in samples]
 
 
