@@ -13,10 +13,12 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from datetime import datetime
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlsplit
 
 import cola  # before torch, as it silences a warning
@@ -698,6 +700,13 @@ LLAMA3_LIKE = """{{- bos_token }}
 {%- endif %}
 {{ messages | tojson }}
 """
+QWEN3_LIKE = """{% for turn in messages %}<|im_start|>{{ turn.role }}
+{% if turn.role == "assistant" and loop.last %}{{ "<think>\n\n</think>\n\n" }}{% endif %}{{ turn.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}{{ "<think>\n\n</think>\n\n" }}{% endif %}{% endif %}"""
+MARKED = """{% for turn in messages %}[{{ turn.role }}]
+    {%- if turn.role == "assistant" %}{% generation %} {{ turn.content }} {%- endgeneration -%}
+    {% else %} {{ turn.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
 TOKENIZERS = {
     # name: (tokenizer_config.json, chat_template.jinja, a post-processor for tokenizer.json)
     "no template, no bos": ({}, None, None),
@@ -710,14 +719,17 @@ TOKENIZERS = {
                                 "eos_token": {"content": "<|endoftext|>", "__type": "AddedToken"}}, None, "bos"),
     "several templates": ({"chat_template": [{"name": "tool_use", "template": "?"},
                                              {"name": "default", "template": CHATML}]}, None, None),
+    "thinking": ({}, QWEN3_LIKE, None),
+    "generation marked": ({}, MARKED, None),
     "file before config": ({"chat_template": "?", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
                            LLAMA3_LIKE, None),
 }
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_token_ids_equal_transformers(name, tmp_path):
+def test_token_ids_equal_transformers(name, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(data, "DATE", datetime.now())  # which transformers takes
     config, template, bos = TOKENIZERS[name]
     folder = write_checkpoint(tmp_path / "model")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config))
@@ -739,8 +751,9 @@ def test_token_ids_equal_transformers(name, tmp_path):
         assert prompt + answer == oracle(f"{problem.prompt} {problem.answer}").input_ids
         if ours.chat:
             prompt, answer = ours.encode(problem)
-            assert prompt == oracle.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False)
-            assert ours.decode(answer) == problem.answer
+            assert prompt == oracle.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False,
+                                                        enable_thinking=False)
+            assert ours.decode(answer).strip() == problem.answer
 
 
 def test_a_chat_asks_for_the_bare_answer_and_shows_examples_as_turns():
@@ -757,11 +770,28 @@ def test_an_answer_stands_where_the_chat_template_puts_it(tmp_path):
     spaced = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}{% endfor %}" \
              "{% if add_generation_prompt %}[assistant]{% endif %}"
     for template, end, answer, written in [(CHATML, "assistant\n", "27", "27"), (spaced, "[assistant]", "27", " 27"),
+                                           (QWEN3_LIKE, "</think>\n\n", "27", "27"), (MARKED, "]", "27", " 27"),
                                            (CHATML, "assistant\n", "An", "An")]:  # tiny has a token "\nAn"
         (folder / "chat_template.jinja").write_text(template)
         tokenizer = data.Tokenizer(folder)
         prompt, target = map(tokenizer.decode, tokenizer.encode(data.Problem("", "9 * 3?", answer)))
         assert prompt.endswith(end) and target == written
+
+
+def test_a_prompt_is_the_same_on_any_day(tmp_path, never_killed):
+    folder = template(tmp_path, "{{ strftime_now('%d %b %Y, %H:%M') }}")[1]
+    assert data.Tokenizer(folder).render([]) == "26 Jul 2024, 00:00"
+    assert {line["settings"]["date"] for line in lines_of(never_killed)} == {"2024-07-26"}
+
+
+def test_a_chat_template_is_compiled_once(tmp_path, monkeypatch):
+    compiled, from_string = [], data.ImmutableSandboxedEnvironment.from_string
+    monkeypatch.setattr(data.ImmutableSandboxedEnvironment, "from_string",
+                        lambda self, text: compiled.append(text) or from_string(self, text))
+    tokenizer = data.Tokenizer(template(tmp_path, CHATML)[1])
+    for problem in data.load("arithmetic")[:3]:
+        tokenizer.encode(problem)
+    assert compiled == [CHATML]
 
 
 def test_a_tokenizer_neither_pads_nor_truncates(tiny, tmp_path):
@@ -899,6 +929,23 @@ def test_hub_models_and_datasets(tmp_path):
                                           ["--model", "org/other", "--sample-id", "0"], **settings)
         assert again[0] == fetched and rows == gsm8k and len(server.asked) == asked
         assert unknown[0] == "" and "cannot be reached" in unknown[1].splitlines()[-1]
+
+
+def test_processes_that_fetch_the_same_rows_do_not_disturb_each_other(tmp_path, monkeypatch):
+    page = {"rows": [{"row_idx": 0, "row": {"question": "1 + 1?", "answer": "2"}}], "num_rows_total": 1}
+    monkeypatch.setattr(data, "cached_assets_path", lambda *names: tmp_path)
+    monkeypatch.setattr(data, "hf_raise_for_status", lambda response: None)
+    monkeypatch.setattr(data, "get_session", lambda: SimpleNamespace(
+        get=lambda *_, **__: SimpleNamespace(json=lambda: page)))
+    rename, depth = Path.replace, itertools.count()
+
+    def replaced(path, target):  # just before the first renames its file, another one fetches and renames
+        if next(depth) == 0:
+            data.fetch_rows("org/set", "main", "test")
+        return rename(path, target)
+    monkeypatch.setattr(Path, "replace", replaced)
+    assert [problem.answer for problem in data.read_jsonl(data.fetch_rows("org/set", "main", "test"))] == ["2"]
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 # scripts/export.py
@@ -1264,6 +1311,8 @@ BAD_INPUT = {
     "row with no number": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": NaN}')),
     "row with infinity": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": -1e999}')),
     "row with empty answer": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": " "}')),
+    "row with an answer of several lines": ("line 2: the answer has several lines", lambda tmp: bad_rows(
+        tmp, ARC % "A" + '\n{"question": "Q", "answer": "one\\ntwo"}')),
     "answer key no choice": ("'C'", lambda tmp: bad_rows(tmp, ARC % "C")),
     "choices malformed": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('"x", ', ""))),
     "choices none": ("equal length", lambda tmp: bad_rows(tmp, '{"question": "Q", "choices": null}')),
