@@ -28,8 +28,8 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 import data
 import mcts
-from model import BatchVerifier, Config, KVCache, Llama, Verifier
-from scripts import common, compare_search, export, fit, report, study, transfer
+from model import BatchVerifier, Config, KVCache, Llama, Verifier, find_device
+from scripts import common, compare_search, export, fit, report, study, train_tiny, transfer
 from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -1370,6 +1370,10 @@ BAD_INPUT |= {
     "chat template breaks out": ("--no-chat", lambda tmp: template(tmp, "{{ ''.__class__.__mro__ }}")),
     "tokenizer settings not json": ("tokenizer_config.json", lambda tmp: template(tmp, "{", "tokenizer_config.json")),
     "tokenizer settings no object": ("malformed", lambda tmp: template(tmp, "[]", "tokenizer_config.json")),
+    "special token without text": ("malformed", lambda tmp: [
+        *template(tmp, CHATML), *(template(tmp, '{"bos_token": {}}', "tokenizer_config.json") and [])]),
+    "revision of tiny": ("leave --revision out", lambda tmp: ["--revision", "v9"]),
+    "revision of a folder": ("leave --revision out", lambda tmp: [*template(tmp, CHATML), "--revision", "v9"]),
     "split without splits": ("--split", lambda tmp: ["--split", "train"]),
     "split unknown": ("'validation'", lambda tmp: ["--dataset", "gsm8k", "--split", "dev"]),
     "no batch": ("batch", lambda tmp: ["--batch", 0]),
@@ -1378,7 +1382,7 @@ BAD_INPUT |= {
 
 
 def template(tmp, text, name="chat_template.jinja"):
-    folder = write_checkpoint(tmp / "m")
+    folder = tmp / "m" if (tmp / "m").exists() else write_checkpoint(tmp / "m")
     (folder / name).write_text(text)
     return ["--model", folder]
 
@@ -1435,7 +1439,10 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(name, capsys, tmp_path):
 
 @pytest.mark.parametrize("error, code, says", [
     (ValueError("two\nlines"), 2, "two lines"), (OSError(28, "No space"), 2, "No space"),
-    (torch.OutOfMemoryError("CUDA"), 2, "--cache-mb or --batch"), (HTTPError("503"), 2, "503); try again later"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 2, "--cache-mb or --batch"),
+    (MemoryError(), 2, "--cache-mb or --batch"),
+    (RuntimeError("CUDA error: out of memory"), 2, "--cache-mb or --batch"),
+    (HTTPError("503"), 2, "503); try again later"),
     (OfflineModeIsEnabled("unset it"), 2, "cannot be reached"), (KeyboardInterrupt(), 130, "interrupted")])
 def test_every_error_ends_in_one_line_and_a_code(error, code, says, capsys):
     def fail():
@@ -1444,6 +1451,38 @@ def test_every_error_ends_in_one_line_and_a_code(error, code, says, capsys):
         cola.exit_on_error("cola.py", fail)
     err = capsys.readouterr().err
     assert end.value.code == code and err.startswith("cola.py: ") and err.count("\n") == 1 and says in err
+
+
+def test_memory_that_torch_cannot_have_on_the_cpu_ends_in_the_same_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cola.exit_on_error("cola.py", torch.empty, 10 ** 15)
+    assert "too little memory" in capsys.readouterr().err
+
+
+def test_a_defect_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="same dtype"):
+        cola.exit_on_error("cola.py", lambda: torch.ones(2) @ torch.ones(2, dtype=torch.int8))
+
+
+def test_a_full_device_is_not_a_missing_one(monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")):
+        def full(*_, **__):
+            raise error
+        monkeypatch.setattr(torch, "zeros", full)
+        with pytest.raises(type(error), match="out of memory"):
+            find_device("cpu")
+
+
+def test_a_file_of_a_checkpoint_is_not_a_name_on_the_hub(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(write_checkpoint(tmp_path / "m").parent)
+    code, _, err = run_main(capsys, "--sample-id", 0, "--model", "m/config.json")
+    assert code == 2 and err.count("\n") == 1 and "give the folder of a checkpoint" in err
+
+
+def test_the_command_runs_where_stdout_is_no_terminal_or_file(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook
+    cola.main(["--sample-id", "12", "--chain", "0"])
+    assert "chain     0\n" in sys.stdout.getvalue()
 
 
 def test_a_reader_of_the_output_may_go(monkeypatch, capsys):
