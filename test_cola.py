@@ -1053,7 +1053,7 @@ def test_windows_of_single_layers_move_in_transformers(family, older, tmp_path, 
 @pytest.mark.parametrize("says, arguments", [
     ("malformed", ["--chain", "0-"]), ("layers 0 to 11", ["--chain", "0-12"]), ("at least one", ["--chain", ""]),
     ("empty folder", ["--out", "full"]), ("empty folder", ["--out", "full/file"]),
-    ("--out", ["--model", "old", "--out", "old/new"]),
+    ("stay as it is", ["--model", "old", "--out", "old/new"]),
     ("missing", ["--model", "nowhere"]), ("whole", ["--model", "broken"]), ("lacks", ["--model", "lacking"])])
 def test_what_cannot_be_exported_ends_in_one_line(says, arguments, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -1769,6 +1769,57 @@ def test_a_chain_that_falls_behind_is_given_up_and_the_others_run_on_all_samples
     assert parts[0].runs == [(40,), (0,), (38,), (48,)]
     assert parts[1].runs == parts[3].runs == [(40,), (38,), (48,)]
     assert len(score.verdicts[0,]) == 16 and score.front() == [(48,)]
+
+
+def test_a_chain_given_up_is_neither_followed_nor_right_by_more_than_the_best():
+    """Its share of an easy part would be higher than that of the best on all samples."""
+    parts = [Answers(first, 16) for first in range(0, 64, 16)]
+    score = fit.Score(parts, layer_price=0)
+    assert score([(24,)]) == [24 / 64] and score([(11,), (7,)]) == [24 / 64 - 5 / 16, 0]
+    assert len(score.verdicts[11,]) == 16 and score.best == (24,)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_search_follows_no_chain_that_was_given_up(seed):
+    """Of easy samples, which come first, each chain gets many right, of the others few."""
+    def part(right):
+        return lambda chains: [[random.Random(f"{chain} {i}").random() < right - 0.02 * abs(len(chain) - 8)
+                                for i in range(16)] for chain in chains]
+    score = fit.Score([part(0.95), *[part(0.25)] * 3], 0.05 / 8)
+    result = mcts.search(score, n_layers=8, simulations=200, seed=seed, depth_penalty=0.05)
+    given_up = [chain for chain in score.verdicts if len(score.verdicts[chain]) < 64]
+    assert len(given_up) > 20 and all(result.reward(chain) < result.reward(score.best) for chain in given_up
+                                      if result.evaluated[chain] > 0)
+    assert result.reward(result.best) == result.reward(score.best) and result.best not in given_up
+
+
+def test_as_long_as_nothing_is_right_no_chain_is_given_up():
+    score = fit.Score([Answers(first, 16) for first in (0, 16)], layer_price=0.5)
+    score([(0,)])
+    assert score([(1, 0, 0, 0)]) == [1 / 32] and score.best == (1, 0, 0, 0) == score.front()[0]
+
+
+def test_fit_draws_the_order_of_its_samples(monkeypatch):
+    drawn, verifiers = [], fit.verifiers
+    monkeypatch.setattr(fit, "verifiers", lambda *given: drawn.append([*given[3]]) or verifiers(*given))
+    for seed in "112":
+        fit.main(fit.parser().parse_args(["--fit=0:32", "--test=40:56", "--simulations=5", "--seed", seed]))
+    assert drawn[0] == drawn[2] != drawn[4] and {*drawn[0]} == {*drawn[4]} == {*range(32)}
+    assert drawn[0] != [*range(32)] and drawn[1] == [*range(40, 56)]
+
+
+@pytest.mark.parametrize("says, arguments", [
+    ("sample 5: .* positions", []), ("empty folder", ["--export", "full"]), ("stay as it is", ["--export", "m/new"])])
+def test_what_would_fail_after_a_fit_is_refused_before_it(says, arguments, monkeypatch, tmp_path):
+    rows = [{"question": "Q " * (600 if i == 5 else 1), "answer": "1"} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    template(tmp_path, CHATML)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cola, "search", lambda *_: pytest.fail("the search began"))
+    with pytest.raises(ValueError, match=says):
+        fit.main(fit.parser().parse_args(["--model=m", "--dataset=rows.jsonl", "--fit=0:3", "--test=3:6", *arguments]))
 
 
 @pytest.mark.parametrize("price, best", [(0, (50, 0, 0)), (0.1, (40,))])
