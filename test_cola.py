@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime
@@ -1177,7 +1178,7 @@ def test_command_end_to_end(tmp_path):
     assert f"best      '{problem.answer}', right, depth {len(cola.parse_chain(chain, 12))} (full: 12)" in done.stdout
 
 
-@pytest.mark.parametrize("program", [cola, compare_search, export, fit, report, study, transfer],
+@pytest.mark.parametrize("program", [cola, compare_search, export, fit, report, study, train_tiny, transfer],
                          ids=lambda program: program.__name__)
 def test_help_shows_examples_and_tells_what_every_option_is(program):
     parser = program.parser()
@@ -1541,6 +1542,41 @@ def test_a_torn_last_line_is_dropped_with_a_notice(never_killed, tmp_path, capsy
     assert lines_of(out) == lines_of(never_killed)
 
 
+def test_a_neighbour_that_is_too_long_is_left_out(tmp_path):
+    rows = [{"question": problem.question, "answer": problem.answer} for problem in data.load("arithmetic-1")[:3]]
+    rows[1]["question"] = "What is " + "1 + " * 600 + "1?"
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    run_study(tmp_path / "a.jsonl", "--dataset", str(file), "--samples", "0:1", "--reorder", "2")
+    line, = lines_of(tmp_path / "a.jsonl")
+    assert line["best"] and line["reorder"]["asked"] == 1
+
+
+def test_a_study_holds_the_hidden_states_of_one_verifier_at_a_time(tmp_path, monkeypatch):
+    alive, keep, held = weakref.WeakSet(), BatchVerifier.keep, []
+
+    def watched(self, prefix, states):
+        alive.add(self)
+        keep(self, prefix, states)
+        held.append(sum(state.nbytes for verify in alive for state in verify.states.values()))
+    monkeypatch.setattr(BatchVerifier, "keep", watched)
+    run_study(tmp_path / "a.jsonl", "--samples", "0:8", "--cache-mb", "1", "--simulations", "60")
+    lines = lines_of(tmp_path / "a.jsonl")
+    assert any(line["decoy"] for line in lines) and 0.9 * 2 ** 20 < max(held) <= 2 ** 20
+
+
+@pytest.mark.parametrize("device, gets", [(None, "cuda:3"), ("cuda", "cuda:3"), ("cuda:0", "cuda:0"), ("cpu", "cpu")])
+def test_each_rank_has_a_gpu_of_its_own(device, gets, tmp_path, monkeypatch):
+    def stop(args):
+        raise ValueError(f"device {args.device}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cola, "load_checkpoint", stop)
+    for name, value in [("RANK", "3"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")]:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"device {gets}$"):
+        run_study(tmp_path / "a.jsonl", *(["--device", device] if device else []))
+
+
 def test_a_study_refuses_a_file_of_other_settings(never_killed):
     before = never_killed.read_bytes()
     with pytest.raises(ValueError, match="seed 0, now 1; give another --out$"):
@@ -1638,6 +1674,9 @@ def test_a_free_answer_is_tried_on_the_next_problems_of_its_level():
     assert study.elsewhere(problems, 1990, 3, None) == [problems[i] for i in (1995, 0, 5)]
 
 
+PROMPT = {"revision": None, "shots": 0, "split": None, "chat": False}
+
+
 def a_line(sample, right, best, decoy=None, reorder=None, level=1):
     """A line of a model of 4 layers; decoy: whether it was reached; reorder: of 3 others, how many each got right."""
     return {"sample": sample, "id": f"x/{sample}", "level": level, "question": "Q", "gt_ans": "1",
@@ -1647,7 +1686,7 @@ def a_line(sample, right, best, decoy=None, reorder=None, level=1):
             "final_invalid_transitions": [[0], [0, 1, 2, 3]][:2 - right],
             "decoy": None if decoy is None else {"answer": "3", "found": decoy, "depth": 2 if decoy else None},
             "reorder": reorder and {"asked": 3, "right": reorder[0], "full_right": reorder[1]},
-            "settings": {"model": "org/m", "dataset": "math.jsonl", "seed": 0}, "seconds": 1.0}
+            "settings": {"model": "org/m", "dataset": "math.jsonl", "seed": 0} | PROMPT, "seconds": 1.0}
 
 
 LINES = [a_line(0, True, [0, 3], reorder=(1, 3)), a_line(1, True, [0, 1, 2, 3], reorder=(2, 2)),
@@ -1700,6 +1739,12 @@ def test_lines_that_no_study_wrote_are_refused(tmp_path):
     torn = write_lines(tmp_path / "torn.jsonl", LINES)
     torn.write_bytes(torn.read_bytes()[:-1])
     assert len(common.read_lines(torn)) == 7
+    for settings in (None, [], {}, LINES[0]["settings"] | {"model": 5}, {"model": "m", "dataset": "d"}):
+        write_lines(tmp_path / "settings.jsonl", [LINES[0] | {"settings": settings}])
+        with pytest.raises(ValueError, match="settings.jsonl, line 1 is not as scripts.study writes it"):
+            common.studies([tmp_path / "settings.jsonl"])
+        with pytest.raises(ValueError, match="settings.jsonl, line 1 is not as scripts.study writes it"):
+            common.read_done(tmp_path / "settings.jsonl", tmp_path / "settings.jsonl", LINES[0]["settings"])
     for name, content in [("a.jsonl", b'{"sample": 0}\n'), ("b.jsonl", b"[]\n"), ("c.jsonl", b"\xff\n"),
                           ("d.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9])]:
         (tmp_path / name).write_bytes(content)
@@ -1710,6 +1755,12 @@ def test_lines_that_no_study_wrote_are_refused(tmp_path):
         common.studies([tmp_path / "empty.jsonl"])
     with pytest.raises(OSError, match="missing.jsonl"):
         common.studies([tmp_path / "missing.jsonl"])
+
+
+def test_studies_made_before_a_setting_was_recorded_have_titles_of_their_own(tmp_path):
+    newer = [line | {"settings": line["settings"] | {"date": "2024-07-26"}} for line in LINES]
+    file = write_lines(tmp_path / "a.jsonl", LINES + newer)
+    assert [*common.studies([file])] == ["org/m, math", "org/m, math, date 2024-07-26"]
 
 
 def test_the_report_writes_the_folders_of_polar(tmp_path):
@@ -1727,7 +1778,7 @@ def test_the_report_writes_the_folders_of_polar(tmp_path):
 def test_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     from scripts import figures
-    alone = [line | {"settings": {"model": "m", "dataset": "d"}} for line in LINES[5:6]]  # nothing found at all
+    alone = [line | {"settings": {"model": "m", "dataset": "d"} | PROMPT} for line in LINES[5:6]]  # nothing found
     file = write_lines(tmp_path / "a.jsonl", LINES + alone)
     figures.main(figures.parser().parse_args([str(file), "--out", str(tmp_path / "out")]))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"layer_use.png", "depths.png", "tradeoff.png"}
@@ -1867,6 +1918,54 @@ def test_transfer_counts_what_the_chains_answer_elsewhere(tiny, tmp_path, capsys
                       for (_, chain), group in zip(chains, asked)]
             assert cell == (common.mean(shares) if len(shares) > 1 else f"{shares[0]:.1f}" if shares else "-")
     assert rows[5][0] == "full model" and rows[5][1] == "100.0"
+
+
+def test_transfer_needs_the_dataset_of_the_study(tmp_path):
+    problems = data.load("arithmetic")[:3]
+    lines = [a_line(i, True, [0], level=1) | {"question": problem.question} for i, problem in enumerate(problems)]
+    for line in lines:
+        line["settings"]["model"] = "tiny"
+    file = write_lines(tmp_path / "study.jsonl", lines)
+    rows = [{"question": problem.question, "answer": problem.answer} for problem in problems]
+    for name, kept in [("fewer.jsonl", rows[:2]), ("others.jsonl", rows[::-1])]:
+        (tmp_path / name).write_text("\n".join(map(json.dumps, kept)))
+        with pytest.raises(ValueError, match=f"{name} has no sample ., or asks another question there"):
+            transfer.main(transfer.parser().parse_args([str(file), "--dataset", str(tmp_path / name)]))
+
+
+def test_transfer_has_no_share_where_there_is_no_other_sample(tmp_path, capsys):
+    lines = [a_line(i, True, [0], level=level) | {"question": data.load("arithmetic")[i].question}
+             for i, level in enumerate((1, 2, 2))]
+    for line in lines:
+        line["settings"] |= {"model": "tiny", "dataset": "arithmetic"}
+    transfer.main(transfer.parser().parse_args([str(write_lines(tmp_path / "study.jsonl", lines))]))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert rows[0][:2] == ["of level 1, 1 chains", "-"] and rows[0][2] != "-"
+
+
+# scripts/train_tiny.py
+
+def test_a_state_that_is_broken_or_of_another_run_is_refused(tmp_path, capsys):
+    (tmp_path / "garbage").write_bytes(b"garbage" * 99)
+    save_tensors({"x": torch.ones(2)}, tmp_path / "plain")
+    save_tensors({"x": torch.ones(2)}, tmp_path / "other", run="another", step="3")
+    for name, says in [("garbage", "not a whole"), ("", "not a whole"), ("plain", "settings"), ("other", "settings")]:
+        args = train_tiny.parser().parse_args(["--state", str(tmp_path / name), "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit, match="2"):
+            cola.exit_on_error("train_tiny", train_tiny.main, args)
+        err = capsys.readouterr().err
+        assert err.startswith("train_tiny: ") and err.count("\n") == 1 and says in err and "--state" in err
+
+
+def test_training_goes_on_from_its_state(tmp_path, monkeypatch):
+    args = train_tiny.parser().parse_args([
+        "--layers=1", "--steps=2", "--batch=2", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(train_tiny, "print_accuracy", lambda *_: None)
+    train_tiny.main(args)
+    trained = (tmp_path / "out" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(train_tiny, "make_batch", lambda *_: pytest.fail("a step was done again"))
+    train_tiny.main(args)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == trained
 
 
 # README.md
