@@ -108,7 +108,7 @@ def add_search_arguments(p):
 
 def load_checkpoint(args):
     """The model and its tokenizer. Raises ValueError or OSError with one line that says what to do."""
-    folder = TINY if args.model == "tiny" else fetch(args.model, args.revision)
+    folder = fetch(TINY if args.model == "tiny" else args.model, args.revision)
     model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
     return model, data.Tokenizer(folder, chat=not args.no_chat)
 
@@ -129,20 +129,17 @@ def parse_chain(text, n_layers):
 
 def format_chain(chain):
     """The inverse of `parse_chain`."""
-    parts = []
-    for run in runs(chain, lambda a, b: b == a + 1):
-        parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
-    return ",".join(parts)
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0])
+                    for run in runs(chain, lambda a, b: b == a + 1))
 
 
 def runs(chain, joined):
     """Cuts a chain into runs of neighbours that are `joined`."""
     out = []
     for layer in chain:
-        if out and joined(out[-1][-1], layer):
-            out[-1].append(layer)
-        else:
-            out.append([layer])
+        if not (out and joined(out[-1][-1], layer)):
+            out.append([])
+        out[-1].append(layer)
     return out
 
 
@@ -227,8 +224,7 @@ def say(label, text):
 def say_answer(label, sample, chain):
     """Prints what the model answers under a chain."""
     text, right = sample.answer(chain)
-    full = sample.model.config.num_hidden_layers
-    say(label, f"{text!r}, {'right' if right else 'wrong'}, depth {len(chain)} (full: {full})")
+    say(label, f"{text!r}, {'right' if right else 'wrong'}, depth {len(chain)} (full: {len(sample.model.layers)})")
 
 
 def say_chain(chain, n_layers):
@@ -290,7 +286,7 @@ def run(args):
 
 
 def one_line(error):
-    """What went wrong and what to do, for the errors that the loading functions raise."""
+    """What is wrong with the input or the machine and what to do; None for any other error, a defect of the program."""
     if isinstance(error, GatedRepoError):
         return "this repository is gated; accept its licence on its page on the hub, then log in with `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
@@ -300,13 +296,13 @@ def one_line(error):
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return ("the model or the dataset is not on this machine, nor wholly in the hub's cache, and the hub cannot be "
                 "reached; try again online, or give a local folder or file")
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the device has too little memory; use a smaller model, --cache-mb or --batch, or --device cpu"
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "DefaultCPUAllocator" in str(error):
+        return "the device has too little memory; use a smaller model, --cache-mb or --batch, or another --device"
     if isinstance(error, HTTPError):
         return f"the hub cannot be reached, or fails ({' '.join(str(error).split())}); try again later"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; give another path"
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) if isinstance(error, (ValueError, OSError)) else None
 
 
 def exit_on_error(program, command, *arguments):
@@ -320,13 +316,16 @@ def exit_on_error(program, command, *arguments):
     except BrokenPipeError:  # the reader of the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError, HTTPError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if one_line(error) is None:
+            raise
         print(f"{program}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the question
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the question
     exit_on_error("cola.py", run, parser().parse_args(argv))
 
 

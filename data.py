@@ -16,8 +16,10 @@ import hashlib
 import json
 import math
 import random
+import re
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 import jinja2.ext
@@ -36,6 +38,7 @@ FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read by the hub's
                "gsm8k": ("openai/gsm8k", "main")}
 MATH = ("math", "math-1", "math-2", "math-3", "math-4", "math-5")
 DATASETS = (*ARITHMETIC, *FROM_VIEWER, *MATH)
+DATE = datetime(2024, 7, 26)  # today, for chat templates that ask: prompts are the same on any day
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,8 @@ def read_row(row, where, position):
         answer = None
     if type(answer) not in (str, int, float) or not str(answer).strip():
         raise ValueError(f'{where}: no answer; a row needs it under "answer", or "answerKey" with choices')
+    if "\n" in str(answer).strip():
+        raise ValueError(f"{where}: the answer has several lines; a row needs one that fits on a single line")
     return Problem(str(row.get("id", row.get("unique_id", position))), question, str(answer).strip(), choices,
                    texts, row.get("level"))
 
@@ -241,7 +246,7 @@ def fetch_rows(repo, config, split):
             if not in_order or not rows:
                 raise ValueError(f"{viewer} did not send the rows of {repo} that it was asked for; try again later")
             bar.update(len(page["rows"]))
-    partial = file.with_suffix(".partial")  # so that a file of the final name is always whole
+    partial = file.with_suffix(f".{random.SystemRandom().getrandbits(64)}")  # not shared; the final one is whole
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return partial.replace(file)
 
@@ -273,13 +278,18 @@ class Tokenizer:
         try:
             self.read_settings(folder, chat)
         except (AttributeError, KeyError, TypeError, UnicodeError) as error:
-            raise ValueError(f"{folder}: the tokenizer's settings are malformed ({error!r}); fetch the checkpoint "
-                             "again") from None
+            raise ValueError(f"{folder}: the tokenizer's settings are malformed ({error!r}); fetch it again") from None
 
     def read_settings(self, folder, chat):
-        self.settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-        self.template = self.find_template(folder) if chat else None
-        self.chat = bool(self.template)
+        settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+        self.source, file = settings.get("chat_template"), folder / "chat_template.jinja"
+        if file.is_file():
+            self.source = file.read_text(encoding="utf-8")
+        elif isinstance(self.source, list):  # several, by name
+            self.source = {entry["name"]: entry["template"] for entry in self.source}.get("default")
+        self.chat = chat and bool(self.source)
+        self.special = {name: token["content"] if isinstance(token, dict) else token for name, token in settings.items()
+                        if self.chat and name.endswith("_token") and token is not None}
         ends = read_json(folder / "generation_config.json").get("eos_token_id")
         ends = read_json(folder / "config.json").get("eos_token_id") if ends is None else ends
         ids = range(self.tokenizer.get_vocab_size())
@@ -289,19 +299,6 @@ class Tokenizer:
         self.breaks = {i: text.partition("\n")[0].rstrip() for i, text in self.texts.items() if "\n" in text}
         self.stop = {i for i, before in self.breaks.items() if not before}
         self.stop |= {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
-
-    def find_template(self, folder):
-        if (folder / "chat_template.jinja").is_file():
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        template = self.settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        return template
-
-    def special(self, name):
-        """The text of a special token, such as "bos_token", or None."""
-        token = self.settings.get(name)
-        return token["content"] if isinstance(token, dict) else token
 
     def encode_text(self, text):
         """Ids of a text. A rendered chat holds its special tokens; any other gets those that tokenizer.json adds."""
@@ -327,20 +324,24 @@ class Tokenizer:
     def decode(self, ids):
         return self.tokenizer.decode(ids)
 
-    def render(self, messages, answered=False):
-        """The conversation as text; unless it is answered already, up to where the model answers."""
+    @cached_property
+    def template(self):
+        """The chat template, compiled once, for that takes longer than to render it."""
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=[jinja2.ext.loopcontrols])
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals |= {"raise_exception": raise_exception,
-                                "strftime_now": lambda format: datetime.now().strftime(format)}
-        special = {name: self.special(name) for name in self.settings if name.endswith("_token") and self.special(name)}
+        environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime, **self.special}
+        # {% generation %} marks what a model is trained to write; jinja2 knows such a plain block as {% with %}.
+        return environment.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", self.source))
+
+    def render(self, messages, answered=False):
+        """The conversation as text; unless it is answered already, up to where the model answers."""
         try:
-            return environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=not answered, tools=None, documents=None, **special)
+            return self.template.render(messages=messages, add_generation_prompt=not answered, tools=None,
+                                        documents=None, enable_thinking=False)  # exact match wants the answer alone
         except Exception as error:  # a template is somebody else's program
             raise ValueError(f"the chat template fails ({error}); use --no-chat") from None
 

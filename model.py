@@ -84,8 +84,7 @@ class Config:
         # transformers 5 writes rope_parameters; older checkpoints hold rope_theta and rope_scaling with a "type".
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict) or raw.get("rope_scaling") not in (None, rope):
-            raise ValueError(f"{path}: rope_parameters and rope_scaling differ, or are malformed; fetch the checkpoint "
-                             "again")
+            raise ValueError(f"{path}: rope_parameters and rope_scaling differ, or are malformed; fetch it again")
         raw = {"hidden_act": "silu", "partial_rotary_factor": 1, **raw,
                "rope_type": rope.get("type", "default"), **rope}
         for name, supported in [("model_type", MODEL_TYPES), ("hidden_act", ["silu"]), ("rope_type", [*ROPE_TYPES]),
@@ -339,11 +338,8 @@ class Llama(nn.Module):
 
     def hidden(self, tokens, chain=None, cache=None):
         """Normalized last hidden states [B, T, hidden_size]; arguments as for `forward`."""
-        if chain is None:
-            chain = range(len(self.layers))
-        chain = check_chain(chain, len(self.layers))
-        past = 0 if cache is None else cache.length
-        new = tokens.shape[1]
+        chain = check_chain(range(len(self.layers)) if chain is None else chain, len(self.layers))
+        past, new = 0 if cache is None else cache.length, tokens.shape[1]
         if new == 0:
             raise ValueError("there are no tokens to run; give at least one")
         check_positions(past + new, self.config)
@@ -571,18 +567,22 @@ class Verifier(BatchVerifier):
 
 def find_device(name=None):
     """The torch.device of that name; without a name the GPU, if there is one. Raises ValueError if it is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        if "out of memory" in str(error):  # it is there, but full
+            raise
+        there = "cpu" + " or cuda" * torch.cuda.is_available()
         raise ValueError(f"device {str(name)!r} is not there; use {there}") from None
-    return device
+    return torch.device(name)
 
 
 def fetch(path_or_repo, revision=None):
     """The folder of a checkpoint: the one given, or the hub's cache after fetching what is missing there."""
-    if Path(path_or_repo).is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_repo)):
+    if Path(path_or_repo).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_repo)):
+        if revision is not None:
+            raise ValueError(f"{path_or_repo} is no repository on the hub and has no revisions; leave --revision out")
         return Path(path_or_repo)
     # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
     return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[

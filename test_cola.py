@@ -11,12 +11,15 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from dataclasses import replace
+from datetime import datetime
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlsplit
 
 import cola  # before torch, as it silences a warning
@@ -26,8 +29,8 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 import data
 import mcts
-from model import BatchVerifier, Config, KVCache, Llama, Verifier
-from scripts import common, compare_search, export, fit, report, study, transfer
+from model import BatchVerifier, Config, KVCache, Llama, Verifier, find_device
+from scripts import common, compare_search, export, fit, report, study, train_tiny, transfer
 from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -698,6 +701,13 @@ LLAMA3_LIKE = """{{- bos_token }}
 {%- endif %}
 {{ messages | tojson }}
 """
+QWEN3_LIKE = """{% for turn in messages %}<|im_start|>{{ turn.role }}
+{% if turn.role == "assistant" and loop.last %}{{ "<think>\n\n</think>\n\n" }}{% endif %}{{ turn.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}{{ "<think>\n\n</think>\n\n" }}{% endif %}{% endif %}"""
+MARKED = """{% for turn in messages %}[{{ turn.role }}]
+    {%- if turn.role == "assistant" %}{% generation %} {{ turn.content }} {%- endgeneration -%}
+    {% else %} {{ turn.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
 TOKENIZERS = {
     # name: (tokenizer_config.json, chat_template.jinja, a post-processor for tokenizer.json)
     "no template, no bos": ({}, None, None),
@@ -710,14 +720,17 @@ TOKENIZERS = {
                                 "eos_token": {"content": "<|endoftext|>", "__type": "AddedToken"}}, None, "bos"),
     "several templates": ({"chat_template": [{"name": "tool_use", "template": "?"},
                                              {"name": "default", "template": CHATML}]}, None, None),
+    "thinking": ({}, QWEN3_LIKE, None),
+    "generation marked": ({}, MARKED, None),
     "file before config": ({"chat_template": "?", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
                            LLAMA3_LIKE, None),
 }
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_token_ids_equal_transformers(name, tmp_path):
+def test_token_ids_equal_transformers(name, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(data, "DATE", datetime.now())  # which transformers takes
     config, template, bos = TOKENIZERS[name]
     folder = write_checkpoint(tmp_path / "model")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config))
@@ -739,8 +752,9 @@ def test_token_ids_equal_transformers(name, tmp_path):
         assert prompt + answer == oracle(f"{problem.prompt} {problem.answer}").input_ids
         if ours.chat:
             prompt, answer = ours.encode(problem)
-            assert prompt == oracle.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False)
-            assert ours.decode(answer) == problem.answer
+            assert prompt == oracle.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False,
+                                                        enable_thinking=False)
+            assert ours.decode(answer).strip() == problem.answer
 
 
 def test_a_chat_asks_for_the_bare_answer_and_shows_examples_as_turns():
@@ -757,11 +771,28 @@ def test_an_answer_stands_where_the_chat_template_puts_it(tmp_path):
     spaced = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}{% endfor %}" \
              "{% if add_generation_prompt %}[assistant]{% endif %}"
     for template, end, answer, written in [(CHATML, "assistant\n", "27", "27"), (spaced, "[assistant]", "27", " 27"),
+                                           (QWEN3_LIKE, "</think>\n\n", "27", "27"), (MARKED, "]", "27", " 27"),
                                            (CHATML, "assistant\n", "An", "An")]:  # tiny has a token "\nAn"
         (folder / "chat_template.jinja").write_text(template)
         tokenizer = data.Tokenizer(folder)
         prompt, target = map(tokenizer.decode, tokenizer.encode(data.Problem("", "9 * 3?", answer)))
         assert prompt.endswith(end) and target == written
+
+
+def test_a_prompt_is_the_same_on_any_day(tmp_path, never_killed):
+    folder = template(tmp_path, "{{ strftime_now('%d %b %Y, %H:%M') }}")[1]
+    assert data.Tokenizer(folder).render([]) == "26 Jul 2024, 00:00"
+    assert {line["settings"]["date"] for line in lines_of(never_killed)} == {"2024-07-26"}
+
+
+def test_a_chat_template_is_compiled_once(tmp_path, monkeypatch):
+    compiled, from_string = [], data.ImmutableSandboxedEnvironment.from_string
+    monkeypatch.setattr(data.ImmutableSandboxedEnvironment, "from_string",
+                        lambda self, text: compiled.append(text) or from_string(self, text))
+    tokenizer = data.Tokenizer(template(tmp_path, CHATML)[1])
+    for problem in data.load("arithmetic")[:3]:
+        tokenizer.encode(problem)
+    assert compiled == [CHATML]
 
 
 def test_a_tokenizer_neither_pads_nor_truncates(tiny, tmp_path):
@@ -901,6 +932,23 @@ def test_hub_models_and_datasets(tmp_path):
         assert unknown[0] == "" and "cannot be reached" in unknown[1].splitlines()[-1]
 
 
+def test_processes_that_fetch_the_same_rows_do_not_disturb_each_other(tmp_path, monkeypatch):
+    page = {"rows": [{"row_idx": 0, "row": {"question": "1 + 1?", "answer": "2"}}], "num_rows_total": 1}
+    monkeypatch.setattr(data, "cached_assets_path", lambda *names: tmp_path)
+    monkeypatch.setattr(data, "hf_raise_for_status", lambda response: None)
+    monkeypatch.setattr(data, "get_session", lambda: SimpleNamespace(
+        get=lambda *_, **__: SimpleNamespace(json=lambda: page)))
+    rename, depth = Path.replace, itertools.count()
+
+    def replaced(path, target):  # just before the first renames its file, another one fetches and renames
+        if next(depth) == 0:
+            data.fetch_rows("org/set", "main", "test")
+        return rename(path, target)
+    monkeypatch.setattr(Path, "replace", replaced)
+    assert [problem.answer for problem in data.read_jsonl(data.fetch_rows("org/set", "main", "test"))] == ["2"]
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 # scripts/export.py
 
 ODD = (0, 1, 3, 3, 2, 4, 4)  # of 5 layers: a skip, two loops and a jump back
@@ -1006,7 +1054,7 @@ def test_windows_of_single_layers_move_in_transformers(family, older, tmp_path, 
 @pytest.mark.parametrize("says, arguments", [
     ("malformed", ["--chain", "0-"]), ("layers 0 to 11", ["--chain", "0-12"]), ("at least one", ["--chain", ""]),
     ("empty folder", ["--out", "full"]), ("empty folder", ["--out", "full/file"]),
-    ("--out", ["--model", "old", "--out", "old/new"]),
+    ("stay as it is", ["--model", "old", "--out", "old/new"]),
     ("missing", ["--model", "nowhere"]), ("whole", ["--model", "broken"]), ("lacks", ["--model", "lacking"])])
 def test_what_cannot_be_exported_ends_in_one_line(says, arguments, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -1130,7 +1178,7 @@ def test_command_end_to_end(tmp_path):
     assert f"best      '{problem.answer}', right, depth {len(cola.parse_chain(chain, 12))} (full: 12)" in done.stdout
 
 
-@pytest.mark.parametrize("program", [cola, compare_search, export, fit, report, study, transfer],
+@pytest.mark.parametrize("program", [cola, compare_search, export, fit, report, study, train_tiny, transfer],
                          ids=lambda program: program.__name__)
 def test_help_shows_examples_and_tells_what_every_option_is(program):
     parser = program.parser()
@@ -1264,6 +1312,8 @@ BAD_INPUT = {
     "row with no number": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": NaN}')),
     "row with infinity": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": -1e999}')),
     "row with empty answer": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": " "}')),
+    "row with an answer of several lines": ("line 2: the answer has several lines", lambda tmp: bad_rows(
+        tmp, ARC % "A" + '\n{"question": "Q", "answer": "one\\ntwo"}')),
     "answer key no choice": ("'C'", lambda tmp: bad_rows(tmp, ARC % "C")),
     "choices malformed": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('"x", ', ""))),
     "choices none": ("equal length", lambda tmp: bad_rows(tmp, '{"question": "Q", "choices": null}')),
@@ -1321,6 +1371,10 @@ BAD_INPUT |= {
     "chat template breaks out": ("--no-chat", lambda tmp: template(tmp, "{{ ''.__class__.__mro__ }}")),
     "tokenizer settings not json": ("tokenizer_config.json", lambda tmp: template(tmp, "{", "tokenizer_config.json")),
     "tokenizer settings no object": ("malformed", lambda tmp: template(tmp, "[]", "tokenizer_config.json")),
+    "special token without text": ("malformed", lambda tmp: [
+        *template(tmp, CHATML), *(template(tmp, '{"bos_token": {}}', "tokenizer_config.json") and [])]),
+    "revision of tiny": ("leave --revision out", lambda tmp: ["--revision", "v9"]),
+    "revision of a folder": ("leave --revision out", lambda tmp: [*template(tmp, CHATML), "--revision", "v9"]),
     "split without splits": ("--split", lambda tmp: ["--split", "train"]),
     "split unknown": ("'validation'", lambda tmp: ["--dataset", "gsm8k", "--split", "dev"]),
     "no batch": ("batch", lambda tmp: ["--batch", 0]),
@@ -1329,7 +1383,7 @@ BAD_INPUT |= {
 
 
 def template(tmp, text, name="chat_template.jinja"):
-    folder = write_checkpoint(tmp / "m")
+    folder = tmp / "m" if (tmp / "m").exists() else write_checkpoint(tmp / "m")
     (folder / name).write_text(text)
     return ["--model", folder]
 
@@ -1386,7 +1440,10 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(name, capsys, tmp_path):
 
 @pytest.mark.parametrize("error, code, says", [
     (ValueError("two\nlines"), 2, "two lines"), (OSError(28, "No space"), 2, "No space"),
-    (torch.OutOfMemoryError("CUDA"), 2, "--cache-mb or --batch"), (HTTPError("503"), 2, "503); try again later"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 2, "--cache-mb or --batch"),
+    (MemoryError(), 2, "--cache-mb or --batch"),
+    (RuntimeError("CUDA error: out of memory"), 2, "--cache-mb or --batch"),
+    (HTTPError("503"), 2, "503); try again later"),
     (OfflineModeIsEnabled("unset it"), 2, "cannot be reached"), (KeyboardInterrupt(), 130, "interrupted")])
 def test_every_error_ends_in_one_line_and_a_code(error, code, says, capsys):
     def fail():
@@ -1395,6 +1452,38 @@ def test_every_error_ends_in_one_line_and_a_code(error, code, says, capsys):
         cola.exit_on_error("cola.py", fail)
     err = capsys.readouterr().err
     assert end.value.code == code and err.startswith("cola.py: ") and err.count("\n") == 1 and says in err
+
+
+def test_memory_that_torch_cannot_have_on_the_cpu_ends_in_the_same_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cola.exit_on_error("cola.py", torch.empty, 10 ** 15)
+    assert "too little memory" in capsys.readouterr().err
+
+
+def test_a_defect_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="same dtype"):
+        cola.exit_on_error("cola.py", lambda: torch.ones(2) @ torch.ones(2, dtype=torch.int8))
+
+
+def test_a_full_device_is_not_a_missing_one(monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")):
+        def full(*_, **__):
+            raise error
+        monkeypatch.setattr(torch, "zeros", full)
+        with pytest.raises(type(error), match="out of memory"):
+            find_device("cpu")
+
+
+def test_a_file_of_a_checkpoint_is_not_a_name_on_the_hub(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(write_checkpoint(tmp_path / "m").parent)
+    code, _, err = run_main(capsys, "--sample-id", 0, "--model", "m/config.json")
+    assert code == 2 and err.count("\n") == 1 and "give the folder of a checkpoint" in err
+
+
+def test_the_command_runs_where_stdout_is_no_terminal_or_file(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook
+    cola.main(["--sample-id", "12", "--chain", "0"])
+    assert "chain     0\n" in sys.stdout.getvalue()
 
 
 def test_a_reader_of_the_output_may_go(monkeypatch, capsys):
@@ -1451,6 +1540,41 @@ def test_a_torn_last_line_is_dropped_with_a_notice(never_killed, tmp_path, capsy
     run_study(out)
     assert f"{out}: the last line was torn" in capsys.readouterr().err
     assert lines_of(out) == lines_of(never_killed)
+
+
+def test_a_neighbour_that_is_too_long_is_left_out(tmp_path):
+    rows = [{"question": problem.question, "answer": problem.answer} for problem in data.load("arithmetic-1")[:3]]
+    rows[1]["question"] = "What is " + "1 + " * 600 + "1?"
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    run_study(tmp_path / "a.jsonl", "--dataset", str(file), "--samples", "0:1", "--reorder", "2")
+    line, = lines_of(tmp_path / "a.jsonl")
+    assert line["best"] and line["reorder"]["asked"] == 1
+
+
+def test_a_study_holds_the_hidden_states_of_one_verifier_at_a_time(tmp_path, monkeypatch):
+    alive, keep, held = weakref.WeakSet(), BatchVerifier.keep, []
+
+    def watched(self, prefix, states):
+        alive.add(self)
+        keep(self, prefix, states)
+        held.append(sum(state.nbytes for verify in alive for state in verify.states.values()))
+    monkeypatch.setattr(BatchVerifier, "keep", watched)
+    run_study(tmp_path / "a.jsonl", "--samples", "0:8", "--cache-mb", "1", "--simulations", "60")
+    lines = lines_of(tmp_path / "a.jsonl")
+    assert any(line["decoy"] for line in lines) and 0.9 * 2 ** 20 < max(held) <= 2 ** 20
+
+
+@pytest.mark.parametrize("device, gets", [(None, "cuda:3"), ("cuda", "cuda:3"), ("cuda:0", "cuda:0"), ("cpu", "cpu")])
+def test_each_rank_has_a_gpu_of_its_own(device, gets, tmp_path, monkeypatch):
+    def stop(args):
+        raise ValueError(f"device {args.device}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cola, "load_checkpoint", stop)
+    for name, value in [("RANK", "3"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")]:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"device {gets}$"):
+        run_study(tmp_path / "a.jsonl", *(["--device", device] if device else []))
 
 
 def test_a_study_refuses_a_file_of_other_settings(never_killed):
@@ -1550,6 +1674,9 @@ def test_a_free_answer_is_tried_on_the_next_problems_of_its_level():
     assert study.elsewhere(problems, 1990, 3, None) == [problems[i] for i in (1995, 0, 5)]
 
 
+PROMPT = {"revision": None, "shots": 0, "split": None, "chat": False}
+
+
 def a_line(sample, right, best, decoy=None, reorder=None, level=1):
     """A line of a model of 4 layers; decoy: whether it was reached; reorder: of 3 others, how many each got right."""
     return {"sample": sample, "id": f"x/{sample}", "level": level, "question": "Q", "gt_ans": "1",
@@ -1559,7 +1686,7 @@ def a_line(sample, right, best, decoy=None, reorder=None, level=1):
             "final_invalid_transitions": [[0], [0, 1, 2, 3]][:2 - right],
             "decoy": None if decoy is None else {"answer": "3", "found": decoy, "depth": 2 if decoy else None},
             "reorder": reorder and {"asked": 3, "right": reorder[0], "full_right": reorder[1]},
-            "settings": {"model": "org/m", "dataset": "math.jsonl", "seed": 0}, "seconds": 1.0}
+            "settings": {"model": "org/m", "dataset": "math.jsonl", "seed": 0} | PROMPT, "seconds": 1.0}
 
 
 LINES = [a_line(0, True, [0, 3], reorder=(1, 3)), a_line(1, True, [0, 1, 2, 3], reorder=(2, 2)),
@@ -1612,6 +1739,12 @@ def test_lines_that_no_study_wrote_are_refused(tmp_path):
     torn = write_lines(tmp_path / "torn.jsonl", LINES)
     torn.write_bytes(torn.read_bytes()[:-1])
     assert len(common.read_lines(torn)) == 7
+    for settings in (None, [], {}, LINES[0]["settings"] | {"model": 5}, {"model": "m", "dataset": "d"}):
+        write_lines(tmp_path / "settings.jsonl", [LINES[0] | {"settings": settings}])
+        with pytest.raises(ValueError, match="settings.jsonl, line 1 is not as scripts.study writes it"):
+            common.studies([tmp_path / "settings.jsonl"])
+        with pytest.raises(ValueError, match="settings.jsonl, line 1 is not as scripts.study writes it"):
+            common.read_done(tmp_path / "settings.jsonl", tmp_path / "settings.jsonl", LINES[0]["settings"])
     for name, content in [("a.jsonl", b'{"sample": 0}\n'), ("b.jsonl", b"[]\n"), ("c.jsonl", b"\xff\n"),
                           ("d.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9])]:
         (tmp_path / name).write_bytes(content)
@@ -1622,6 +1755,12 @@ def test_lines_that_no_study_wrote_are_refused(tmp_path):
         common.studies([tmp_path / "empty.jsonl"])
     with pytest.raises(OSError, match="missing.jsonl"):
         common.studies([tmp_path / "missing.jsonl"])
+
+
+def test_studies_made_before_a_setting_was_recorded_have_titles_of_their_own(tmp_path):
+    newer = [line | {"settings": line["settings"] | {"date": "2024-07-26"}} for line in LINES]
+    file = write_lines(tmp_path / "a.jsonl", LINES + newer)
+    assert [*common.studies([file])] == ["org/m, math", "org/m, math, date 2024-07-26"]
 
 
 def test_the_report_writes_the_folders_of_polar(tmp_path):
@@ -1639,7 +1778,7 @@ def test_the_report_writes_the_folders_of_polar(tmp_path):
 def test_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     from scripts import figures
-    alone = [line | {"settings": {"model": "m", "dataset": "d"}} for line in LINES[5:6]]  # nothing found at all
+    alone = [line | {"settings": {"model": "m", "dataset": "d"} | PROMPT} for line in LINES[5:6]]  # nothing found
     file = write_lines(tmp_path / "a.jsonl", LINES + alone)
     figures.main(figures.parser().parse_args([str(file), "--out", str(tmp_path / "out")]))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"layer_use.png", "depths.png", "tradeoff.png"}
@@ -1681,6 +1820,57 @@ def test_a_chain_that_falls_behind_is_given_up_and_the_others_run_on_all_samples
     assert parts[0].runs == [(40,), (0,), (38,), (48,)]
     assert parts[1].runs == parts[3].runs == [(40,), (38,), (48,)]
     assert len(score.verdicts[0,]) == 16 and score.front() == [(48,)]
+
+
+def test_a_chain_given_up_is_neither_followed_nor_right_by_more_than_the_best():
+    """Its share of an easy part would be higher than that of the best on all samples."""
+    parts = [Answers(first, 16) for first in range(0, 64, 16)]
+    score = fit.Score(parts, layer_price=0)
+    assert score([(24,)]) == [24 / 64] and score([(11,), (7,)]) == [24 / 64 - 5 / 16, 0]
+    assert len(score.verdicts[11,]) == 16 and score.best == (24,)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_search_follows_no_chain_that_was_given_up(seed):
+    """Of easy samples, which come first, each chain gets many right, of the others few."""
+    def part(right):
+        return lambda chains: [[random.Random(f"{chain} {i}").random() < right - 0.02 * abs(len(chain) - 8)
+                                for i in range(16)] for chain in chains]
+    score = fit.Score([part(0.95), *[part(0.25)] * 3], 0.05 / 8)
+    result = mcts.search(score, n_layers=8, simulations=200, seed=seed, depth_penalty=0.05)
+    given_up = [chain for chain in score.verdicts if len(score.verdicts[chain]) < 64]
+    assert len(given_up) > 20 and all(result.reward(chain) < result.reward(score.best) for chain in given_up
+                                      if result.evaluated[chain] > 0)
+    assert result.reward(result.best) == result.reward(score.best) and result.best not in given_up
+
+
+def test_as_long_as_nothing_is_right_no_chain_is_given_up():
+    score = fit.Score([Answers(first, 16) for first in (0, 16)], layer_price=0.5)
+    score([(0,)])
+    assert score([(1, 0, 0, 0)]) == [1 / 32] and score.best == (1, 0, 0, 0) == score.front()[0]
+
+
+def test_fit_draws_the_order_of_its_samples(monkeypatch):
+    drawn, verifiers = [], fit.verifiers
+    monkeypatch.setattr(fit, "verifiers", lambda *given: drawn.append([*given[3]]) or verifiers(*given))
+    for seed in "112":
+        fit.main(fit.parser().parse_args(["--fit=0:32", "--test=40:56", "--simulations=5", "--seed", seed]))
+    assert drawn[0] == drawn[2] != drawn[4] and {*drawn[0]} == {*drawn[4]} == {*range(32)}
+    assert drawn[0] != [*range(32)] and drawn[1] == [*range(40, 56)]
+
+
+@pytest.mark.parametrize("says, arguments", [
+    ("sample 5: .* positions", []), ("empty folder", ["--export", "full"]), ("stay as it is", ["--export", "m/new"])])
+def test_what_would_fail_after_a_fit_is_refused_before_it(says, arguments, monkeypatch, tmp_path):
+    rows = [{"question": "Q " * (600 if i == 5 else 1), "answer": "1"} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    template(tmp_path, CHATML)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cola, "search", lambda *_: pytest.fail("the search began"))
+    with pytest.raises(ValueError, match=says):
+        fit.main(fit.parser().parse_args(["--model=m", "--dataset=rows.jsonl", "--fit=0:3", "--test=3:6", *arguments]))
 
 
 @pytest.mark.parametrize("price, best", [(0, (50, 0, 0)), (0.1, (40,))])
@@ -1728,6 +1918,54 @@ def test_transfer_counts_what_the_chains_answer_elsewhere(tiny, tmp_path, capsys
                       for (_, chain), group in zip(chains, asked)]
             assert cell == (common.mean(shares) if len(shares) > 1 else f"{shares[0]:.1f}" if shares else "-")
     assert rows[5][0] == "full model" and rows[5][1] == "100.0"
+
+
+def test_transfer_needs_the_dataset_of_the_study(tmp_path):
+    problems = data.load("arithmetic")[:3]
+    lines = [a_line(i, True, [0], level=1) | {"question": problem.question} for i, problem in enumerate(problems)]
+    for line in lines:
+        line["settings"]["model"] = "tiny"
+    file = write_lines(tmp_path / "study.jsonl", lines)
+    rows = [{"question": problem.question, "answer": problem.answer} for problem in problems]
+    for name, kept in [("fewer.jsonl", rows[:2]), ("others.jsonl", rows[::-1])]:
+        (tmp_path / name).write_text("\n".join(map(json.dumps, kept)))
+        with pytest.raises(ValueError, match=f"{name} has no sample ., or asks another question there"):
+            transfer.main(transfer.parser().parse_args([str(file), "--dataset", str(tmp_path / name)]))
+
+
+def test_transfer_has_no_share_where_there_is_no_other_sample(tmp_path, capsys):
+    lines = [a_line(i, True, [0], level=level) | {"question": data.load("arithmetic")[i].question}
+             for i, level in enumerate((1, 2, 2))]
+    for line in lines:
+        line["settings"] |= {"model": "tiny", "dataset": "arithmetic"}
+    transfer.main(transfer.parser().parse_args([str(write_lines(tmp_path / "study.jsonl", lines))]))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert rows[0][:2] == ["of level 1, 1 chains", "-"] and rows[0][2] != "-"
+
+
+# scripts/train_tiny.py
+
+def test_a_state_that_is_broken_or_of_another_run_is_refused(tmp_path, capsys):
+    (tmp_path / "garbage").write_bytes(b"garbage" * 99)
+    save_tensors({"x": torch.ones(2)}, tmp_path / "plain")
+    save_tensors({"x": torch.ones(2)}, tmp_path / "other", run="another", step="3")
+    for name, says in [("garbage", "not a whole"), ("", "not a whole"), ("plain", "settings"), ("other", "settings")]:
+        args = train_tiny.parser().parse_args(["--state", str(tmp_path / name), "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit, match="2"):
+            cola.exit_on_error("train_tiny", train_tiny.main, args)
+        err = capsys.readouterr().err
+        assert err.startswith("train_tiny: ") and err.count("\n") == 1 and says in err and "--state" in err
+
+
+def test_training_goes_on_from_its_state(tmp_path, monkeypatch):
+    args = train_tiny.parser().parse_args([
+        "--layers=1", "--steps=2", "--batch=2", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(train_tiny, "print_accuracy", lambda *_: None)
+    train_tiny.main(args)
+    trained = (tmp_path / "out" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(train_tiny, "make_batch", lambda *_: pytest.fail("a step was done again"))
+    train_tiny.main(args)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == trained
 
 
 # README.md

@@ -77,6 +77,7 @@ def lift(pairs):
 
 FIELDS = {"sample", "id", "level", "question", "gt_ans", "initial_score", "prediction", "best", "best_prediction",
           "final_valid_transitions", "final_invalid_transitions", "n_layers", "decoy", "reorder", "settings"}
+SETTINGS = {"model": str, "dataset": str, "revision": str | None, "shots": int, "split": str | None, "chat": bool}
 
 
 def files_of(path):
@@ -93,8 +94,9 @@ def read_lines(path):
             for number, text in enumerate(file, 1):
                 if text.endswith("\n"):
                     lines.append(json.loads(text))
-                    if not FIELDS <= lines[-1].keys():
-                        raise ValueError("a field is missing")
+                    if not (FIELDS <= lines[-1].keys() and all(isinstance(lines[-1]["settings"].get(name, ...), kind)
+                                                               for name, kind in SETTINGS.items())):
+                        raise ValueError("a field is missing, or of another kind")
     except (ValueError, AttributeError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}, line {number} is not as scripts.study writes it ({error}); take it out") from None
     return lines
@@ -114,7 +116,7 @@ def studies(paths):
     for settings, lines in zip(all_settings, found.values()):
         name = [settings["model"], settings["dataset"].removesuffix(".jsonl")]
         alike = [other for other in all_settings if all(other[key] == settings[key] for key in ("model", "dataset"))]
-        name += [f"{key} {settings[key]}" for key in settings if any(other[key] != settings[key] for other in alike)]
+        name += [f"{key} {value}" for key, value in settings.items() if any(other.get(key) != value for other in alike)]
         titled[", ".join(name)] = [lines[sample] for sample in sorted(lines)]
     return titled
 

@@ -81,9 +81,16 @@ def copy_weights(file, out, chain):
     return old, new
 
 
-def new_folder(out):
-    """The folder to export to, made if need be. Raises ValueError unless it is new or empty."""
+def source(model, revision=None):
+    """The folder of the checkpoint to export from."""
+    return fetch(cola.TINY if model == "tiny" else model, revision)
+
+
+def new_folder(out, folder):
+    """The folder to export to, made if need be. Raises ValueError unless it is new or empty, and outside the source."""
     out = Path(out)
+    if folder.resolve() in out.resolve().parents:
+        raise ValueError(f"{out} lies in {folder}, which is to stay as it is; give another folder")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} must be a new or an empty folder; remove it or give another")
     out.mkdir(parents=True, exist_ok=True)
@@ -95,14 +102,12 @@ def export(model, chain, out, revision=None, note=""):
 
     Raises ValueError or OSError with one line that says what to do.
     """
-    folder = cola.TINY if model == "tiny" else fetch(model, revision)
+    folder = source(model, revision)
     config, raw = Config.from_json(folder / "config.json"), read_json(folder / "config.json")
     layers, chain = config.num_hidden_layers, cola.parse_chain(chain, config.num_hidden_layers)
     if not chain:
         raise ValueError("other programs cannot run a model without layers; give --chain at least one")
-    if folder.resolve() in Path(out).resolve().parents:
-        raise ValueError(f"{out} lies in {folder}, which is to stay as it is; give another --out")
-    out = new_folder(out)
+    out = new_folder(out, folder)
     places, before, here, size = {}, 0, 0, 0
     for file in tqdm(weight_files(folder), desc="export", unit="file", disable=None, leave=False):
         old, new = copy_weights(file, out, chain)

@@ -5,14 +5,16 @@
 
 A chain's score is the share of the --fit samples that it answers right; its reward is that less --depth-penalty times
 the share of the full depth. So a penalty of 0.05 says that half of the depth is worth 2.5 points of accuracy: near 0
-the search looks for the most accurate chain, from 0.5 on for a shallow one. Samples come in parts of 16. After each, a
-chain is given up that has fallen behind the best so far by more than two standard deviations; it keeps its share of the
-samples seen. The chains in the table have run on all samples: the full one, the one of highest reward, and of those
-that no other beats in both depth and score (the front), the next best. Intervals are of 95 %, that of the difference
-paired by sample. The first chain fitted was chosen without the test samples; to choose another by their results would
-be fitting once more.
+the search looks for the most accurate chain, from 0.5 on for a shallow one. Samples come in parts of 16, in an order
+that --seed draws. After each, a chain is given up that has fallen behind the best so far by more than two standard
+deviations. Its score is then the share of the best, less what it lost to the best on the samples seen by both; so it
+never becomes the best itself. The chains in the table have run on all samples: the full one, the one of highest
+reward, and of those that no other beats in both depth and score (the front), the next best. Intervals are of 95 %,
+that of the difference paired by sample. The first chain fitted was chosen without the test samples; to choose another
+by their results would be fitting once more.
 """
 import math
+import random
 import time
 
 import cola  # before torch, as it silences a warning
@@ -21,18 +23,23 @@ from tqdm import tqdm
 import data
 from model import BatchVerifier
 from scripts import common
-from scripts.export import export, new_folder
+from scripts.export import export, new_folder, source
 
 PART = 16  # samples that run as one batch
 ROWS = 6  # chains of the front in the table, at most
 
 
-def verifiers(model, tokenizer, problems, cache_mb):
-    """A BatchVerifier for each part of the problems."""
-    parts = [problems[i:i + PART] for i in range(0, len(problems), PART)]
-    samples = [[cola.Sample(model, tokenizer, problem) for problem in part] for part in parts]
-    return [BatchVerifier(model, [(sample.prompt, sample.target, sample.stop, sample.fused) for sample in part],
-                          cache_mb // len(parts)) for part in samples]
+def verifiers(model, tokenizer, problems, samples, cache_mb):
+    """A BatchVerifier for each part of the samples, which are ids. Raises ValueError that names one that cannot run."""
+    asked = []
+    for i in samples:
+        try:
+            sample = cola.Sample(model, tokenizer, problems[i], 0)
+        except ValueError as error:
+            raise ValueError(f"sample {i}: {error}") from None
+        asked.append((sample.prompt, sample.target, sample.stop, sample.fused))
+    parts = [asked[i:i + PART] for i in range(0, len(asked), PART)]
+    return [BatchVerifier(model, part, cache_mb // len(parts)) for part in parts]
 
 
 class Score:
@@ -40,7 +47,7 @@ class Score:
 
     Attributes:
       verdicts: {chain: list of bool, one for each sample that it ran on}.
-      best: the chain of highest reward among those that ran on all samples.
+      best: the chain of highest rank among those that ran on all samples.
     """
 
     def __init__(self, parts, layer_price):
@@ -52,22 +59,34 @@ class Score:
     def reward(self, chain):
         return self.share(chain) - self.layer_price * len(chain)
 
+    def rank(self, chain):
+        """As `mcts.search` ranks chains: one that answers nothing is behind one that does, whatever the rewards."""
+        return self.share(chain) > 0, self.reward(chain)
+
+    def lost(self, chain):
+        """How many more of the samples that a chain ran on the best one answers right."""
+        return sum(self.verdicts[self.best][:len(self.verdicts[chain])]) - sum(self.verdicts[chain])
+
     def behind(self, chain):
         """Whether to give a chain up, by what it and the best one did on the samples that it ran on."""
         pairs = [*zip(self.verdicts[self.best], self.verdicts[chain])]
-        lost = sum(best - right for best, right in pairs)
         saved = len(pairs) * self.layer_price * (len(self.best) - len(chain))
-        return lost - saved > 2 * math.sqrt(sum(best != right for best, right in pairs))
+        differ = sum(best != right for best, right in pairs)
+        return self.share(self.best) > 0 and self.lost(chain) - saved > 2 * math.sqrt(differ)
 
     def __call__(self, chains):
         self.verdicts |= {chain: [] for chain in chains}
-        running = chains
+        running, scores = chains, {}
         for part in self.parts:
             for chain, verdicts in zip(running, part(running)):
                 self.verdicts[chain] += verdicts
-            running = [chain for chain in running if self.best is None or not self.behind(chain)]
-        self.best = max(running + [self.best] * (self.best is not None), key=self.reward, default=None)
-        return [self.share(chain) for chain in chains]
+            for chain in [chain for chain in running if self.best is not None and self.behind(chain)]:
+                # Its own share tells of the samples seen as much as of the chain. What it lost, taken from the best
+                # one's share, leaves its reward below the best one's, by as much as it is behind.
+                scores[chain] = max(0, self.share(self.best) - self.lost(chain) / len(self.verdicts[chain]))
+            running = [chain for chain in running if chain not in scores]
+        self.best = max(running + [self.best] * (self.best is not None), key=self.rank)
+        return [scores.get(chain, self.share(chain)) for chain in chains]
 
     def front(self):
         """Of the chains that ran on all samples those that no other beats in depth and share, best reward first."""
@@ -76,7 +95,7 @@ class Score:
         for chain in sorted(whole, key=lambda chain: (len(chain), -self.share(chain))):
             if self.share(chain) > highest:
                 front, highest = [*front, chain], self.share(chain)
-        return sorted(front, key=self.reward, reverse=True)
+        return sorted(front, key=self.rank, reverse=True)
 
 
 def parser():
@@ -95,11 +114,13 @@ def main(args):
     fit, test = (common.parse_samples(text, len(problems)) for text in (args.fit, args.test))
     if {*fit} & {*test}:
         raise ValueError(f"--fit {args.fit} and --test {args.test} have samples in common; keep them apart")
+    if args.export:
+        new_folder(args.export, source(args.model, args.revision))
     model, tokenizer = cola.load_checkpoint(args)
     n_layers, full = len(model.layers), tuple(range(len(model.layers)))
-    if args.export:
-        new_folder(args.export)
-    parts = verifiers(model, tokenizer, problems[fit.start:fit.stop], args.cache_mb)
+    order = random.Random(args.seed).sample(fit, len(fit))  # an easy part says little about hard ones
+    parts = verifiers(model, tokenizer, problems, order, args.cache_mb)
+    test_parts = verifiers(model, tokenizer, problems, test, 0)  # each runs once, so there is nothing to keep
     score, start = Score(parts, args.depth_penalty / n_layers), time.perf_counter()
     with tqdm(total=args.simulations, desc="fit", unit="chain", disable=None, leave=False) as bar:
         def count(chains):
@@ -110,8 +131,7 @@ def main(args):
     seconds, front = time.perf_counter() - start, score.front()
     rows = [("full", full), ("fitted", front[0]), *(("front", chain) for chain in front[1:ROWS])]
     right = {chain: [] for _, chain in rows}
-    for part in tqdm(verifiers(model, tokenizer, problems[test.start:test.stop], args.cache_mb), desc="test",
-                     unit="part", disable=None, leave=False):
+    for part in tqdm(test_parts, desc="test", unit="part", disable=None, leave=False):
         for chain, verdicts in zip(right, part([*right])):
             right[chain] += verdicts
     on_all = sum(len(verdicts) == len(fit) for verdicts in score.verdicts.values())

@@ -9,7 +9,7 @@ talk, and their number may change. What a search finds may be luck, so with each
   decoy: where the full model is wrong, whether the same search reaches a wrong answer too. That is another choice,
     neither right nor the full model's; or the answer of another problem of the same level, with as many tokens.
   reorder: whether the best chain is right elsewhere, and whether the full model is: with the choices in another order,
-    or, where the answer is free, on the next problems of the same level.
+    or, where the answer is free, on the next problems of the same level, as far as they are not too long for the model.
 A sample's seed is its id plus --seed. scripts.report and scripts.figures read the lines.
 """
 import json
@@ -17,6 +17,7 @@ import os
 import random
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,37 +64,43 @@ def elsewhere(problems, i, count, rng):
     return others[:count]
 
 
-def search(args, sample, full_right, seed):
-    """All chains evaluated, as {chain: whether it is right}, and the best one or None."""
-    full = tuple(range(len(sample.model.layers)))
+def search(args, model, tokenizer, problem, seed):
+    """What is found for a problem: the full model's answer, {chain: whether it is right}, the best one, its answer.
+
+    The last two are None where there is none. The sample and its cache go when it returns: there is one at a time.
+    """
+    sample, full = cola.Sample(model, tokenizer, problem, args.cache_mb), tuple(range(len(model.layers)))
+    prediction, full_right = sample.answer(full)
     result = cola.search(args, sample.verify, len(full), seed)
     result.evaluated[full] = full_right  # plain generation has the last word, on this chain and on the best one
-    right = result.right()
-    while right and not sample.answer(right[0])[1]:
-        result.evaluated[right.pop(0)] = False
-    return result.evaluated, right[0] if right else None
+    for best in result.right():
+        text, right = sample.answer(best)
+        if right:
+            return prediction, result.evaluated, best, text
+        result.evaluated[best] = False
+    return prediction, result.evaluated, None, None
 
 
 def study(args, model, tokenizer, problems, i):
     """The line of sample i, all but its settings."""
     start, problem, seed, full = time.perf_counter(), problems[i], args.seed + i, tuple(range(len(model.layers)))
-    rng, sample = random.Random(seed), cola.Sample(model, tokenizer, problem, args.cache_mb)
-    prediction, full_right = sample.answer(full)
-    evaluated, best = search(args, sample, full_right, seed)
-    decoy = reorder = None
-    wrong = None if full_right or args.no_decoy else decoy_answer(tokenizer, problem, problems, prediction, rng)
+    rng, decoy, reorder = random.Random(seed), None, None
+    prediction, evaluated, best, best_prediction = search(args, model, tokenizer, problem, seed)
+    asked = not evaluated[full] and not args.no_decoy
+    wrong = decoy_answer(tokenizer, problem, problems, prediction, rng) if asked else None
     if wrong is not None:
-        mistaken = cola.Sample(model, tokenizer, replace(problem, answer=wrong), args.cache_mb)
-        reached = search(args, mistaken, False, seed)[1]
+        reached = search(args, model, tokenizer, replace(problem, answer=wrong), seed)[2]
         decoy = {"answer": wrong, "found": reached is not None, "depth": None if reached is None else len(reached)}
     if best is not None and args.reorder:
-        others = elsewhere(problems, i, args.reorder, rng)
-        verdicts = [cola.Sample(model, tokenizer, other, args.cache_mb).verify([best, full]) for other in others]
+        verdicts = []
+        for other in elsewhere(problems, i, args.reorder, rng):
+            with suppress(ValueError):  # it may be too long for the model
+                verdicts.append(cola.Sample(model, tokenizer, other, 0).verify([best, full]))
         reorder = {"asked": len(verdicts), "right": sum(of_best for of_best, _ in verdicts),
                    "full_right": sum(of_full for _, of_full in verdicts)}
     return {"sample": i, "id": problem.id, "level": problem.level, "question": problem.question,
-            "gt_ans": problem.answer, "initial_score": float(full_right), "prediction": prediction, "best": best,
-            "best_prediction": None if best is None else sample.answer(best)[0],
+            "gt_ans": problem.answer, "initial_score": float(evaluated[full]), "prediction": prediction, "best": best,
+            "best_prediction": best_prediction,
             "final_valid_transitions": [chain for chain, right in evaluated.items() if right],
             "final_invalid_transitions": [chain for chain, right in evaluated.items() if not right],
             "n_layers": len(full), "decoy": decoy, "reorder": reorder, "seconds": round(time.perf_counter() - start, 3)}
@@ -107,7 +114,7 @@ def settings_of(args, model, tokenizer):
     for name in ("model", "dataset"):
         if Path(settings[name]).exists():
             settings[name] = Path(settings[name]).absolute().name
-    return settings | {"decoy": not args.no_decoy, "chat": tokenizer.chat,
+    return settings | {"decoy": not args.no_decoy, "chat": tokenizer.chat, "date": f"{data.DATE:%Y-%m-%d}",
                        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
 
 
@@ -116,8 +123,8 @@ def main(args):
                                in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
     if args.out.suffix == ".gz":
         raise ValueError(f"--out must be a name without .gz, not {args.out}")
-    if ranks > 1 and torch.cuda.is_available():
-        args.device = args.device or f"cuda:{local_rank}"
+    if ranks > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{local_rank}"
     problems = data.load(args.dataset, args.shots, args.split)
     samples = common.parse_samples(args.samples, len(problems))[rank::ranks]
     model, tokenizer = cola.load_checkpoint(args)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import cola  # before torch, as it silences a warning
 import torch
-from safetensors import TensorSpec, safe_open, serialize_file
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm import trange
@@ -116,23 +116,38 @@ def print_accuracy(folder, levels):
         print(f"| {level} | {n_terms} | {100 * right / len(samples):.1f} % |")
 
 
-def main():
-    parser = cola.Parser("python -m scripts.train_tiny", __doc__)
-    parser.add_argument("--out", type=Path, default=Path("tiny"), metavar="FOLDER",
-                        help="where to write the checkpoint (default: %(default)s)")
-    parser.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"), metavar="FILE",
-                        help="where to go on from (default: %(default)s)")
-    parser.add_argument("--layers", type=cola.at_least(1), default=12, metavar="N",
-                        help="of the model (default: %(default)s)")
-    parser.add_argument("--limit", type=cola.at_least(10), default=data.NUMBERS_BELOW, metavar="N",
-                        help="numbers are below it (default: %(default)s)")
-    parser.add_argument("--steps", type=cola.at_least(1), default=7000, metavar="N",
-                        help="to train (default: %(default)s)")
-    parser.add_argument("--batch", type=cola.at_least(1), default=256, metavar="N",
-                        help="problems a step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and sums (default: %(default)s)")
-    args = parser.parse_args()
+def read_state(path, run):
+    """The steps done and the tensors of a saved state. Raises ValueError if it is none, or not of this run."""
+    try:
+        with safe_open(path, "pt") as saved:
+            about, tensors = saved.metadata() or {}, {name: saved.get_tensor(name) for name in saved.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); give another --state") from None
+    if about.get("run") != run:
+        raise ValueError(f"{path} is not the state of a run with these settings; give another --state")
+    return int(about["step"]), tensors
+
+
+def parser():
+    p = cola.Parser("python -m scripts.train_tiny", __doc__)
+    p.add_argument("--out", type=Path, default=Path("tiny"), metavar="FOLDER",
+                   help="where to write the checkpoint (default: %(default)s)")
+    p.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"), metavar="FILE",
+                   help="where to go on from (default: %(default)s)")
+    p.add_argument("--layers", type=cola.at_least(1), default=12, metavar="N",
+                   help="of the model (default: %(default)s)")
+    p.add_argument("--limit", type=cola.at_least(10), default=data.NUMBERS_BELOW, metavar="N",
+                   help="numbers are below it (default: %(default)s)")
+    p.add_argument("--steps", type=cola.at_least(1), default=7000, metavar="N", help="to train (default: %(default)s)")
+    p.add_argument("--batch", type=cola.at_least(1), default=256, metavar="N",
+                   help="problems a step (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and sums (default: %(default)s)")
+    return p
+
+
+def main(args):
     run = str((args.layers, args.limit, args.steps, args.batch, args.seed))
+    start, tensors = read_state(args.state, run) if args.state.exists() else (0, {})
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer.get_vocab_size(), args.layers, args.seed)
@@ -143,13 +158,7 @@ def main():
                   torch.optim.AdamW(others, lr=0.003, betas=(0.9, 0.98), weight_decay=0)]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
 
-    start = 0
-    if args.state.exists():
-        with safe_open(args.state, "pt") as saved:
-            if saved.metadata().get("run") != run:
-                parser.error(f"{args.state} is the state of a run with other settings; give another --state")
-            start = int(saved.metadata()["step"])
-            tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+    if tensors:
         model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name[0] == "m"},
                               strict=False)
         for i, optimizer in enumerate(optimizers):
@@ -189,4 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cola.exit_on_error("train_tiny", main, parser().parse_args())

@@ -36,16 +36,20 @@ def main(args):
     given = args.model, args.dataset
     for title, lines in common.studies([args.file]).items():
         settings = lines[0]["settings"]
-        for name in ("revision", "shots", "split"):
-            setattr(args, name, settings[name])
         args.model, args.dataset = given[0] or settings["model"], given[1] or settings["dataset"]
+        args.revision = None if Path(args.model).is_dir() else settings["revision"]  # a folder has none
         args.no_chat = not settings["chat"]
         model, tokenizer = cola.load_checkpoint(args)
-        problems = data.load(args.dataset, args.shots, args.split)
+        problems = data.load(args.dataset, settings["shots"], settings["split"])
+        samples = [line["sample"] for line in lines]
+        for line in lines:
+            if line["sample"] >= len(problems) or problems[line["sample"]].question != line["question"]:
+                raise ValueError(f"{args.dataset} has no sample {line['sample']}, or asks another question there; give "
+                                 "the study's own --dataset")
         found = [line for line in lines if line["best"] is not None]
         chains = [*{tuple(line["best"]): None for line in found} | {tuple(range(len(model.layers))): None}]
         right = {chain: [] for chain in chains}  # {chain: verdict on the sample of each line}
-        parts = verifiers(model, tokenizer, [problems[line["sample"]] for line in lines], args.cache_mb)
+        parts = verifiers(model, tokenizer, problems, samples, args.cache_mb)
         for part in tqdm(parts, desc=title, unit="part", disable=None, leave=False):
             for i in range(0, len(chains), CHAINS):
                 for chain, verdicts in zip(chains[i:], part(chains[i:i + CHAINS])):
@@ -60,11 +64,9 @@ def main(args):
                 tried = [(None, right[tuple(range(len(model.layers)))])]
             cells = []
             for other in levels:
-                shares = []
-                for sample, verdicts in tried:
-                    flags = [flag for line, flag in zip(lines, verdicts)
-                             if str(line["level"]) == other and line["sample"] != sample]
-                    shares.append(100 * sum(flags) / max(1, len(flags)))
+                asked = [[flag for line, flag in zip(lines, verdicts) if str(line["level"]) == other
+                          and line["sample"] != sample] for sample, verdicts in tried]
+                shares = [100 * sum(flags) / len(flags) for flags in asked if flags]
                 cells.append(common.mean(shares) if len(shares) > 1 else f"{shares[0]:.1f}" if shares else "-")
             label = "full model" if level == "full" else f"of level {level}, {len(tried)} chains"
             print(f"| {label} | {' | '.join(cells)} |")
