@@ -89,8 +89,9 @@ def add_model_arguments(p):
 def add_search_arguments(p):
     """What `search` is asked for, here and in scripts."""
     search = p.add_argument_group("search")
-    search.add_argument("--search", choices=["uct", "random"], default="uct", metavar="NAME",
-                        help="uct, or random: a control, chains drawn from the default policy alone (default: uct)")
+    search.add_argument("--search", choices=["uct", "blind", "random"], default="uct", metavar="NAME",
+                        help="uct, or a control: blind is not told how near wrong chains come, random draws chains "
+                             "around the full-depth chain (default: uct)")
     search.add_argument("--simulations", type=at_least(1), default=200, metavar="N",
                         help="distinct chains to evaluate (default: %(default)s)")
     search.add_argument("--depth-penalty", type=at_least(0, float), default=0.2, metavar="X",
@@ -101,7 +102,7 @@ def add_search_arguments(p):
                         help="layers that one step may skip (default: any number)")
     search.add_argument("--max-loop", type=at_least(0), default=4, metavar="N",
                         help="layers that one step may go back (default: %(default)s)")
-    search.add_argument("--batch", type=at_least(1), default=16, metavar="N",
+    search.add_argument("--batch", type=at_least(1), default=8, metavar="N",
                         help="chains to verify at a time (default: %(default)s)")
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of all random draws (default: %(default)s)")
 
@@ -236,7 +237,7 @@ def search(args, score, n_layers, seed):
     """`mcts.search` with the settings that the arguments give."""
     return mcts.search(score, n_layers, simulations=args.simulations, seed=seed, depth_penalty=args.depth_penalty,
                        exploration=args.exploration, max_skip=args.max_skip, max_loop=args.max_loop, batch=args.batch,
-                       learn=args.search == "uct")
+                       learn=args.search != "random", promise=args.search == "uct")
 
 
 def search_chain(args, sample):
@@ -244,9 +245,9 @@ def search_chain(args, sample):
     n_layers, start = sample.model.config.num_hidden_layers, time.perf_counter()
     with tqdm(total=args.simulations, desc="search", unit="chain", disable=None, leave=False) as bar:
         def score(chains):
-            verdicts = sample.verify(chains)
+            scores = sample.verify.score(chains)
             bar.update(len(chains))
-            return verdicts
+            return scores
         result = search(args, score, n_layers, args.seed)
     seconds = time.perf_counter() - start
     right = result.right()

@@ -5,6 +5,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -395,7 +396,7 @@ def test_search_spends_exactly_its_budget_on_distinct_chains(batch):
 
 
 def test_search_is_deterministic_for_a_seed():
-    for batch in (1, 16):
+    for batch in (1, 8):
         runs = [mcts.search(planted((0, 3, 4)), 8, 100, seed=seed, batch=batch).evaluated for seed in (5, 5, 6)]
         assert list(runs[0]) == list(runs[1]) != list(runs[2])
 
@@ -446,6 +447,56 @@ def test_a_share_as_score_outweighs_depth_by_the_penalty():
     assert set(mcts.search(score, n_layers=6, simulations=300, depth_penalty=0.03).best) == {0, 1}
 
 
+def near(goal):
+    """Only the goal is correct; promise falls with the number of layers in which a chain differs from it."""
+    def score(chains):
+        return [(chain == goal, -0.3 * sum((Counter(chain) - Counter(goal) | Counter(goal) - Counter(chain)).values()))
+                for chain in chains]
+    return score
+
+
+def test_promise_leads_the_search_to_a_chain_that_it_would_not_find_without():
+    goal = (0, 1, 2, 3, 4, 4, 5, 7, 8, 9, 11)  # two skips and a loop: too many for luck
+    found = {promise: [mcts.search(near(goal), 12, 200, seed, promise=promise).best for seed in range(8)]
+             for promise in (True, False)}
+    assert found[True].count(goal) >= 4 and found[False].count(goal) == 0
+
+
+def test_promise_does_not_count_in_the_result():
+    result = mcts.search(near((0, 2)), 4, 300)
+    assert result.evaluated == {chain: chain == (0, 2) for chain in result.evaluated}
+    assert result.best == (0, 2) and result.reward((0, 2)) == 1 - 0.2 * 2 / 4 and result.reward((0,)) == -0.2 * 1 / 4
+    assert result.promises == {chain: promise for chain, (_, promise) in
+                               zip(result.evaluated, near((0, 2))([*result.evaluated]))}
+
+
+def test_without_promise_pairs_are_searched_like_their_first_numbers():
+    pairs = mcts.search(near((0, 1, 2, 4)), 6, 200, promise=False)
+    plain = mcts.search(lambda chains: [chain == (0, 1, 2, 4) for chain in chains], 6, 200)
+    assert list(pairs.evaluated.items()) == list(plain.evaluated.items()) and pairs.promises == plain.promises == {}
+
+
+def test_the_search_recombines_good_chains():
+    """Two edits that are each half of the answer stand in two chains: their combination is tried soon."""
+    def score(chains):
+        return [0.1 + 0.4 * (3 not in chain) + 0.4 * (chain.count(8) == 2) for chain in chains]
+    best = [mcts.search(score, 12, 120, seed, depth_penalty=0.01) for seed in range(8)]
+    assert sum(max(result.evaluated.values()) > 0.85 for result in best) >= 7
+
+
+@pytest.mark.parametrize("bad", [None, "1", float("nan"), -0.1, 1.5, (True, 0.1), (True, float("nan")), (True,),
+                                 (True, -1, 0), (float("nan"), -1), [True, None]], ids=str)
+def test_a_malformed_score_is_refused_with_its_chain(bad):
+    with pytest.raises(ValueError, match=r"chain \[0, 1, 2\]"):
+        mcts.search(lambda chains: [bad for _ in chains], 3)
+
+
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_one_score_too_many_or_too_few_is_refused(extra):
+    with pytest.raises(ValueError, match=r"chains? from \[0, 1, 2\]"):
+        mcts.search(lambda chains: [True] * (len(chains) + extra), 3)
+
+
 def test_the_control_learns_nothing():
     runs = [mcts.search(lambda chains: [answer] * len(chains), 8, 100, learn=False) for answer in (False, True)]
     assert list(runs[0].evaluated) == list(runs[1].evaluated) and len(runs[0].evaluated) == 100
@@ -454,151 +505,38 @@ def test_the_control_learns_nothing():
     assert len(mcts.search(lambda chains: [True] * len(chains), 1, 100, learn=False).evaluated) == 3
 
 
-def test_a_walk_adds_one_node_at_most_and_its_reward_to_all_on_its_way(monkeypatch):
-    simulate, sizes, walks = mcts.Search.simulate, [], []
-
-    def size(node):
-        return 1 + sum(map(size, node.children.values()))
-
-    def watched(self, leave):
-        before, root = size(self.root), self.root
-        walk = simulate(self, leave)
-        assert root is self.root and before <= size(root) <= before + 1
-        sizes.append(size(root))
-        walks.append((*walk, self.limit))
-        return walk
-    monkeypatch.setattr(mcts.Search, "simulate", watched)
-    result = mcts.search(planted((1, 5)), n_layers=8, simulations=100)
-    assert max(sizes) > 10
-    for node in (node for path, _, _ in walks for node in path):  # a walk to no new chain counts as a wrong, deep one
-        rewards = [-0.2 * limit / 8 if chain is None else result.reward(chain)
-                   for path, chain, limit in walks if node in path]
-        assert node.visits == len(rewards) and node.value == pytest.approx(sum(rewards))
+def test_a_simulation_backs_up_its_value_to_every_node_on_its_way(monkeypatch):
+    back_up, walks = mcts.back_up, []
+    monkeypatch.setattr(mcts, "back_up", lambda path, value: walks.append((path, value)) or back_up(path, value))
+    result = mcts.search(near((0, 1, 2, 4, 5)), n_layers=6, simulations=120)
+    nodes = {id(node): node for path, _ in walks for node in path}.values()
+    assert len(nodes) > 10 and max(len(path) for path, _ in walks) > 3
+    for node in nodes:
+        values = [value for path, value in walks if node in path]
+        assert node.visits == len(values) and node.value == pytest.approx(sum(values))
+    values = [result.reward(chain) or 0 for chain in result.evaluated]
+    wrong = next(chain for chain, correct in result.evaluated.items() if not correct)
+    assert walks[0][1] == pytest.approx(result.reward(wrong) + math.exp(result.promises[wrong]))
 
 
-def test_selection_weighs_mean_rewards_and_priors_of_open_actions():
-    tree = mcts.Search(4, seed=0, depth_penalty=0.2, exploration=2.0, max_skip=4, max_loop=4, learn=True)
-
-    def selected(priors):
-        return tree.select(node, mcts.Policy([*priors], priors, cumulative=[]))
+def test_the_bound_follows_its_formula():
     node = mcts.Node()
-    node.children = {0: mcts.Node(), 1: mcts.Node()}
-    node.visits, node.children[0].visits, node.children[1].visits = 10, 5, 5
-    node.value, node.children[0].value, node.children[1].value = 5.0, 1.0, 4.0
-    assert selected({0: 0.5, 1: 0.5}) == 1
-    assert selected({0: 0.9, 1: 0.1}) == 0
-    assert selected({0: 0.5, 2: 0.3, 1: 0.2}) == 2
-    node.children[0].closed = True
-    assert selected({0: 0.9, 1: 0.1}) == 1
-    node.children[1].closed = True
-    assert selected({0: 0.9, 1: 0.1}) is None
-
-
-def test_selection_follows_the_formula():
-    tree, node = mcts.Search(4, 0, 0.2, 1.0, 4, 4, True), mcts.Node()
     node.visits, node.value, node.children = 16, 8.0, {0: mcts.Node(), 1: mcts.Node()}
-    node.children[0].visits, node.children[1].visits, node.children[1].value = 1, 3, 3 * 0.9
-
-    def selected(**priors):
-        priors = {"abc".index(action): prior for action, prior in priors.items()}
-        return "abc"[tree.select(node, mcts.Policy(sorted(priors, key=priors.get, reverse=True), priors, []))]
-    assert selected(a=0.49, b=0.1) == "b" and selected(a=0.51, b=0.1) == "a"  # 2 * prior against 0.9 + prior
-    assert selected(a=0.1, b=0.1, c=0.12) == "b" and selected(a=0.1, b=0.1, c=0.13) == "c"  # 0.5 + 4 * prior
-
-
-def test_a_node_chooses_among_its_children_once_it_is_mature():
-    tree = mcts.Search(6, 0, 0.2, 8.0, 6, 4, True)
-    for visits in range(mcts.MATURE + 1):
-        tree.root.visits = visits
-        assert len(tree.simulate(tree.leave)[0]) == (2 if visits == mcts.MATURE else 1)
-
-
-def test_following_the_best_chain_is_likelier_than_leaving_it():
-    tree, node = mcts.Search(8, 0, 0.2, 2.0, 1, 3, True), mcts.Node()
-    node.visits, node.children = 12, {action: mcts.Node() for action in (4, 3, 2, 1, 0, 8)}
-    for child in node.children.values():
-        child.visits = 2
-    policy = tree.policy((0, 1, 2), 3)
-    assert policy.actions == [3, 2, 4, 1, 0, 8] and tree.select(node, policy) == 3
-    loops, skips = 0.2 * 0.65 * 6 / 11, 0.2 * 0.35 * 5 / 6
-    assert policy.priors == pytest.approx({3: 0.8, 2: loops, 1: loops / 2, 0: loops / 3, 4: skips, 8: skips / 5})
-    away = [policy.priors[action] / 0.2 for action in policy.actions[1:]]
-    assert policy.cumulative == pytest.approx([0, *itertools.accumulate(away)])
-    node.children[3].closed = True
-    assert tree.select(node, policy) == 2
-
-
-def test_the_best_chain_goes_on_behind_the_nearest_use_of_a_layer_or_where_it_steps_over_it():
-    tree = mcts.Search(6, 0, 0.2, 2.0, 6, 6, True)
-    tree.restart((0, 1, 2, 1, 2, 4))
-    assert [tree.rejoin(1, position) for position in range(6)] == [2, 2, 2, 4, 4, 4]
-    assert [tree.rejoin(layer, 0) for layer in (0, 3, 4, 5)] == [1, 5, 6, 6]
-
-
-def test_rollouts_follow_the_probabilities_of_the_policy():
-    tree = mcts.Search(4, 0, 0.2, 8.0, 4, 4, True)
-    tree.restart((0, 2, 3))
-    chains = [tree.rollout([], 0, tree.leave) for _ in range(10000)]
-    for prefix, position in [((), 0), ((0,), 1), ((0, 2), 2), ((1,), 1), ((0, 0), 1)]:  # a skipped, a looped layer
-        after = [(*chain, tree.stop)[len(prefix)] for chain in chains if chain[:len(prefix)] == prefix]
-        shares = {action: after.count(action) / len(after) for action in range(5)}
-        assert shares == pytest.approx(tree.policy(prefix, position).priors, abs=0.04)
-
-
-def test_a_rollout_to_a_known_chain_or_too_deep_is_drawn_again(monkeypatch):
-    tree, drawn = mcts.Search(4, 0, 0.2, 8.0, 4, 4, True), iter([(0, 1, 2, 3), (0,) * 9, (1,)])
-    monkeypatch.setattr(mcts.Search, "rollout", lambda *_: next(drawn))
-    assert tree.simulate(0.4) == ([tree.root], (1,))
-
-
-def test_simulations_that_find_no_new_chain_widen_the_rollouts_of_their_batch(monkeypatch):
-    tree, leaves = mcts.Search(12, 0, 0.2, 2.0, 12, 4, True), []
-
-    def simulate(self, leave):
-        leaves.append(leave)
-        return [self.root], None
-    monkeypatch.setattr(mcts.Search, "simulate", simulate)
-    assert tree.propose(1) == {} == tree.propose(1)
-    assert leaves[:20] == leaves[20:] == sorted(leaves[:20]) and tree.leave == leaves[0] < leaves[1] < leaves[19] == 0.5
-
-
-def test_a_walk_down_the_tree_stops_at_the_bound_on_depth():
-    tree = mcts.Search(4, 0, 0.2, 8.0, 4, 4, True)
-    tree.update({tree.best: []}, [True])
-    for _ in range(40):
-        if pending := tree.propose(16):
-            tree.update(pending, [False] * len(pending))
-
-    def depths(node, depth=0):
-        return [depth, *(d for action, child in node.children.items() if action != 4 for d in depths(child, depth + 1))]
-    assert tree.limit == 4 == max(depths(tree.root)) and tree.root.closed
-    assert {*tree.known} == {chain for n in range(5) for chain in itertools.product(range(4), repeat=n)}
-    tree.update({(): []}, [True])
-    assert tree.limit == 0 and not any(tree.propose(1) for _ in range(3))
-
-
-def test_the_best_chain_is_followed_and_bounds_the_depth():
-    tree, full, deep = mcts.Search(6, 0, 0.3, 2.0, 6, 4, True), tuple(range(6)), (0,) * 12
-    early = tree.policy((0,), 1).priors[0]
-    for scores, best, limit in [({full: 0, (0,): 0}, full, 12),  # as long as nothing is right
-                                ({deep: 0.1, (1,): 0}, deep, 12),  # whatever the rewards of wrong chains
-                                ({(3,): 0.5}, (3,), 11),  # ten more layers cost the half that is missing
-                                ({(1, 2): 0.5}, (3,), 11), ({(4,): 0.9, (5, 5): 0.9}, (4,), 3), ({(): 1}, (), 0)]:
-        before, root = tree.best, tree.root
-        tree.update({chain: [] for chain in scores}, scores.values())
-        assert (tree.best, tree.limit) == (best, limit) and (tree.root is root) == (best == before)
-        assert tree.loop == (mcts.LOOP if tree.result.evaluated[best] else mcts.EARLY_LOOP)
-    tree.restart(full)
-    assert tree.policy((0,), 1).priors[0] == pytest.approx(early * mcts.LOOP / mcts.EARLY_LOOP)
+    node.children[0].visits, node.children[0].value, node.children[1].closed = 3, 2.7, True
+    assert node.bound(0, prior=0.1, exploration=2) == pytest.approx(0.9 + 2 * 0.1 * 4 / 4)
+    assert node.bound(1, prior=0.1, exploration=2) == -math.inf
+    assert node.bound(2, prior=0.1, exploration=2) == pytest.approx(0.5 + 2 * 0.1 * 4)
 
 
 def test_a_reward_that_asks_for_less_does_not_hide_better_chains(monkeypatch):
-    def reward(self, chain):  # a layer used twice costs half as much again
-        return self.evaluated[chain] - 0.2 * (len(chain) + (len(chain) - len(set(chain))) / 2) / 12
+    """A fork's reward: a layer used twice costs more, so the best chain may be deeper than the shortest correct one."""
+    def reward(self, chain):
+        return self.evaluated[chain] - 0.2 * (len(chain) + 2 * (len(chain) - len(set(chain)))) / 6
     monkeypatch.setattr(mcts.Result, "reward", reward)
-    tree = mcts.Search(12, 0, 0.2, 8.0, 12, 4, True)
-    tree.update({tree.best: [], (0, 0, 0, 0, 0, 5, 6, 7, 8): []}, [False, True])
-    assert tree.limit == 11  # eleven layers, none twice, cost as much
+    correct = {(2, 2, 2), (0, 1, 2, 3)}
+    for seed in range(3):
+        result = mcts.search(lambda chains: [chain in correct or len(chain) == 6 for chain in chains], 6, 3000, seed)
+        assert (2, 2, 2) not in result.evaluated or result.best == (0, 1, 2, 3)
 
 
 def test_a_setting_out_of_range_is_refused_by_name():
@@ -1213,9 +1151,9 @@ def test_command_says_plainly_when_nothing_was_found(capsys, tmp_path):
 
 
 def test_best_chains_that_generation_does_not_confirm_are_discarded(tiny, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(Verifier, "__call__", lambda self, chains: [True] * len(chains))
+    monkeypatch.setattr(Verifier, "score", lambda self, chains: [(True, -0.1)] * len(chains))
     sample = cola.Sample(*tiny, data.load("arithmetic")[0])
-    right = mcts.search(sample.verify, 12, 40).right()
+    right = mcts.search(sample.verify.score, 12, 40).right()
     discarded = [sample.answer(chain)[1] for chain in right].index(True)
     out = run_main(capsys, "--sample-id", 0, "--simulations", 40, "--device", "cpu")[1]
     assert f"chain     {cola.format_chain(right[discarded])}\n" in out and discarded > 0

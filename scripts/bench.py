@@ -102,13 +102,13 @@ def bench(sample, reference, args, bar, total):
 
     def score(chains):
         begun = time.perf_counter()
-        verdicts = verify(chains)
+        scores = verify.score(chains)
         total["inside"] += time.perf_counter() - begun
         bar.update(len(chains))
-        return verdicts
+        return scores
 
     warm_up = Verifier(model, sample.prompt, sample.target, sample.stop, fused=sample.fused)
-    mcts.search(warm_up, len(model.layers), 1 + args.batch, batch=args.batch)
+    mcts.search(warm_up.score, len(model.layers), 1 + args.batch, batch=args.batch)
     hooks = [layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, len(inputs[0]))))
              for layer in model.layers]
     start = time.perf_counter()

@@ -71,7 +71,7 @@ def search(args, model, tokenizer, problem, seed):
     """
     sample, full = cola.Sample(model, tokenizer, problem, args.cache_mb), tuple(range(len(model.layers)))
     prediction, full_right = sample.answer(full)
-    result = cola.search(args, sample.verify, len(full), seed)
+    result = cola.search(args, sample.verify.score, len(full), seed)
     result.evaluated[full] = full_right  # plain generation has the last word, on this chain and on the best one
     for best in result.right():
         text, right = sample.answer(best)
