@@ -184,7 +184,7 @@ class Sample:
       prompt, target: token ids of the prompt and of the right answer after it.
       stop: set of ids that end an answer; None where it is complete as it stands, being a letter.
       verify: the Verifier, which tells of a list of chains which are right.
-    Raises ValueError where the tokenizer is not the model's, or the prompt is too long.
+    Raises ValueError where the tokenizer is not the model's or cannot write the answer, or the prompt is too long.
     """
 
     def __init__(self, model, tokenizer, problem, cache_mb=1024):
@@ -192,6 +192,9 @@ class Sample:
         self.prompt, self.target = tokenizer.encode(problem)
         if max(self.prompt + self.target) >= model.config.vocab_size:
             raise ValueError("the tokenizer has more tokens than the model; fetch the checkpoint again")
+        if not data.exact_match(written := tokenizer.decode(self.target), problem.answer):  # unknown characters, say
+            raise ValueError(f"the tokenizer cannot write the answer {problem.answer!r} of sample {problem.id}, it "
+                             f"writes {written!r}; leave this sample out")
         self.stop = None if problem.choices else tokenizer.stop
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb)
 

@@ -39,26 +39,25 @@ IRREGULAR = """
     teach tear tell think throw thrust undergo understand undertake undo unwind uphold upset wear weep win wind withdraw
     withhold withstand wring write""".split()
 # One direction of each pair, that which has one answer only: short may be the opposite of tall or of long.
-OPPOSITES = dict(pair.split() for pair in """
-    hot cold, up down, left right, day night, black white, on off, in out, yes no, true false, good bad, fast slow,
-    early late, high low, soft hard, difficult easy, long short, tall short, wide narrow, thick thin, heavy light, full
-    empty, wet dry, clean dirty, rich poor, strong weak, young old, new old, sad happy, love hate, war peace, life
-    death, alive dead, win lose, buy sell, push pull, take give, ask answer, first last, north south, east west, top
-    bottom, inside outside, above below, under over, before after, always never, all none, everything nothing,
-    everybody nobody, near far, here there, more less, most least, many few, front back, male female, hello goodbye,
-    laugh cry, success failure, succeed fail, float sink, enemy friend, guilty innocent, rise fall, arrival departure,
-    entrance exit, increase decrease, maximum minimum, positive negative, plus minus, addition subtraction,
-    multiplication division, odd even, victory defeat, sunrise sunset, summer winter, heaven hell, hero villain,
-    ancient modern, public private, shallow deep, smooth rough, noisy quiet, cheap expensive, tight loose, awake
-    asleep, absent present, past future, same different, raw cooked, reject accept, agree disagree, appear disappear,
-    obey disobey, honest dishonest, legal illegal, possible impossible, visible invisible, patient impatient, regular
-    irregular, responsible irresponsible, logical illogical, fair unfair, lucky unlucky, dangerous safe, lock unlock,
-    import export, inhale exhale, ascend descend, vertical horizontal, majority minority, interior exterior, internal
-    external, include exclude, predecessor successor, prefix suffix, optimist pessimist, introvert extrovert, vowel
-    consonant, singular plural, passive active, upstairs downstairs, superior inferior, senior junior, borrow lend,
-    remember forget, create destroy, show hide, lost found, profit loss, supply demand, cause effect, urban rural,
-    temporary permanent, synonym antonym, convex concave, encourage discourage, connect disconnect, advantage
-    disadvantage, approve disapprove, artificial natural""".split(","))
+OPPOSITES = dict(pair.split("-") for pair in """
+    hot-cold up-down left-right day-night black-white on-off in-out yes-no true-false good-bad fast-slow early-late
+    high-low soft-hard difficult-easy long-short tall-short wide-narrow thick-thin heavy-light full-empty wet-dry
+    clean-dirty rich-poor strong-weak young-old new-old sad-happy love-hate war-peace life-death alive-dead win-lose
+    buy-sell push-pull take-give ask-answer first-last north-south east-west top-bottom inside-outside above-below
+    under-over before-after always-never all-none everything-nothing everybody-nobody near-far here-there more-less
+    most-least many-few front-back male-female hello-goodbye laugh-cry success-failure succeed-fail float-sink
+    enemy-friend guilty-innocent rise-fall arrival-departure entrance-exit increase-decrease maximum-minimum
+    positive-negative plus-minus addition-subtraction multiplication-division odd-even victory-defeat sunrise-sunset
+    summer-winter heaven-hell hero-villain ancient-modern public-private shallow-deep smooth-rough noisy-quiet
+    cheap-expensive tight-loose awake-asleep absent-present past-future same-different raw-cooked reject-accept
+    agree-disagree appear-disappear obey-disobey honest-dishonest legal-illegal possible-impossible visible-invisible
+    patient-impatient regular-irregular responsible-irresponsible logical-illogical fair-unfair lucky-unlucky
+    dangerous-safe lock-unlock import-export inhale-exhale ascend-descend vertical-horizontal majority-minority
+    interior-exterior internal-external include-exclude predecessor-successor prefix-suffix optimist-pessimist
+    introvert-extrovert vowel-consonant singular-plural passive-active upstairs-downstairs superior-inferior
+    senior-junior borrow-lend remember-forget create-destroy show-hide lost-found profit-loss supply-demand cause-effect
+    urban-rural temporary-permanent synonym-antonym convex-concave encourage-discourage connect-disconnect
+    advantage-disadvantage approve-disapprove artificial-natural""".split())
 
 # Countries by ISO code. Not states of their own, or not to all others:
 NO_STATES = "AN CS EH GP HK MO MQ NC PF PR PS RE TW XK YT".split()
@@ -68,7 +67,6 @@ NO_CAPITAL = ("BI BJ BO BR CH CI CL CM CO CR GE GQ HN ID IL KZ LK MD ME MM MN MV
 # On two continents, on one that is disputed or has two names (Oceania), or the name tells the answer:
 NO_CONTINENT = "AM AU AZ CF CY EG FJ GE ID KZ NZ PG RU SB TL TR TT YE ZA".split()
 WITH_THE = "AE BS CD CF CG DO GB GM KM MV NL PH SB US".split()
-TWO_SPELLINGS = "Al Cs S".split()  # aluminum and aluminium, ...; elements past 103 are known to few
 
 LEVELS = [("+", (10, 99), (10, 99)), ("*", (3, 29), (3, 29)), ("*", (12, 39), (12, 39)),
           ("+", (10, 99), (10, 99), (10, 99)), ("*", (31, 99), (31, 99))]  # sign, range of each number
@@ -120,7 +118,8 @@ def opposites():
 def elements():
     import periodictable
     return {f"Which chemical element has the symbol {element.symbol}?": element.name
-            for element in periodictable.elements if 1 <= element.number <= 103 and element.symbol not in TWO_SPELLINGS}
+            for element in periodictable.elements  # but for the heaviest, and aluminum or aluminium, ...
+            if 1 <= element.number <= 103 and element.symbol not in ("Al", "Cs", "S")}
 
 
 def mathematics(rng):
