@@ -158,6 +158,57 @@ def test_a_verdict_is_generate_and_exact_match(tiny):
     assert min(verdicts[True], verdicts[False]) > 40
 
 
+def fuse(folder, *tokens):
+    """Tiny, with a vocabulary that has these texts as single tokens, as those of Qwen and Llama 3 have ")\\n\\n"."""
+    tokenizer = Tokenizer.from_file(str(cola.TINY / "tokenizer.json"))
+    tokenizer.add_tokens([*tokens])
+    weights = tiny_tensors()
+    embedding = weights["model.embed_tokens.weight"]
+    rows = [embedding[tokenizer.encode(token[0]).ids[0]] * 1.5 for token in tokens]  # they win over their first letter
+    weights["model.embed_tokens.weight"] = torch.cat((embedding, torch.stack(rows)))
+    write_checkpoint(folder, weights, vocab_size=len(embedding) + len(tokens))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Llama.from_pretrained(folder, "cpu"), data.Tokenizer(folder)
+
+
+def test_an_answer_may_end_in_a_token_fused_with_a_line_break(tmp_path):
+    model, tokenizer = fuse(tmp_path / "fused", *[f"{digit}\n\n" for digit in range(10)])
+    fused, rng, verdicts = tokenizer.tokenizer.token_to_id("5\n\n"), random.Random(0), Counter()
+    assert tokenizer.fused(tokenizer.encode_text("5")[0]) == {fused} and fused not in tokenizer.stop
+    for problem in data.load("arithmetic-1")[:30]:
+        sample = cola.Sample(model, tokenizer, problem)
+        chains = [tuple(range(12)), *(random_chain(rng, 12) for _ in range(10))]
+        for chain, verdict, (_, promise) in zip(chains, sample.verify(chains), sample.verify.score(chains)):
+            ids = model.generate(sample.prompt, chain, 9, tokenizer.stop, tokenizer.breaks)
+            assert verdict == sample.answer(chain)[1] == (sample.read(ids) == problem.answer)
+            verdicts[verdict, ids[-1:] != [] and ids[-1] in tokenizer.breaks] += 1
+    assert verdicts[True, True] >= 10 and verdicts[False, True] >= 10  # correct and wrong ones that end in such a token
+
+
+def test_a_label_that_begins_another_label_needs_a_stop(tiny):
+    labels = tuple(map(str, range(1, 13)))
+    for answer, needs_stop in ("1", True), ("2", False), ("12", False):
+        assert (cola.Sample(*tiny, data.Problem("", "Q", answer, labels)).stop is not None) == needs_stop
+
+
+def test_logits_are_computed_in_slices(monkeypatch):
+    model, rows = random_model(), []
+    problems = [([1, 2, 3], [4] * n, {5}) for n in (1, 2, 7)]
+    chains = [tuple(chain) for chain in chains_of(5)]
+    expected = BatchVerifier(model, problems).score(chains)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].flatten(0, -2).shape[0]))
+    monkeypatch.setattr("model.HEAD_ROWS", 8)
+    assert BatchVerifier(model, problems).score(chains) == [
+        [(correct, pytest.approx(promise, rel=1e-5)) for correct, promise in scores] for scores in expected]
+    assert max(rows) == 8 and sum(rows) == len(chains) * (2 + 3 + 8)
+
+
+def test_logits_that_overflow_are_wrong_and_have_no_promise():
+    model = random_model()
+    model.layers[2].mlp.down_proj.weight.data[:] = math.inf
+    assert Verifier(model, [1], [2]).score([(2,)]) == [(False, -math.inf)]
+
+
 def test_a_verifier_refuses_more_tokens_than_the_model_has_positions():
     model = random_model(max_position_embeddings=8)
     assert len(Verifier(model, [1] * 6, [2, 3])([range(5)])) == 1
@@ -338,6 +389,28 @@ def test_logits_and_text_equal_transformers(name, tmp_path):
             if chain:  # transformers cannot cache without layers
                 text = expected.generate(tokens[:1, :9], max_new_tokens=8, do_sample=False)[0, 9:].tolist()
                 assert model.generate(tokens[0, :9].tolist(), chain, max_new_tokens=8) == text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_promise_equals_transformers(dtype, tmp_path):
+    """The mean log-probability of the answer's tokens and of a stop, for answers of none, one and several tokens."""
+    oracle = save_random(pytest.importorskip("transformers"), tmp_path, "Qwen2").to(dtype)
+    model, prompt, problems = Llama.from_pretrained(tmp_path, "cpu", dtype), [5, 6, 7], []
+    for answer in [], [8], [9, 10, 11, 12]:
+        problems += [(prompt, answer, {1, 2, 3}), (prompt, answer, None)][:1 + bool(answer)]
+    chains = [tuple(chain) for chain in chains_of(5)]
+    together = BatchVerifier(model, problems).score(chains)
+    for i, (_, answer, stop) in enumerate(problems):
+        alone = Verifier(model, prompt, answer, stop).score(chains)
+        for chain, scores, (correct, promise) in zip(chains, together, alone, strict=True):
+            with torch.inference_mode():
+                logits = oracle_with_chain(oracle, chain)(torch.tensor([prompt + answer])).logits[0, 2:].float()
+            terms = [logits[at, token] - logits[at].logsumexp(-1) for at, token in enumerate(answer)]
+            if stop:
+                terms.append(logits[-1, [*stop]].logsumexp(-1) - logits[-1].logsumexp(-1))
+            expected, tolerance = sum(terms).item() / len(terms), 1e-4 if dtype == torch.float32 else 2e-2
+            assert promise == pytest.approx(expected, abs=tolerance) and promise <= 0
+            assert scores[i] == (correct, pytest.approx(promise, abs=tolerance))
 
 
 @pytest.mark.parametrize("name", ["Llama, linear RoPE", "Llama 3.1", "Llama, other constants"])
@@ -1190,11 +1263,11 @@ def test_best_chains_that_generation_does_not_confirm_are_discarded(tiny, capsys
 
 def test_command_has_a_random_control_and_a_seed(capsys):
     steps = set()
-    for more in ([], ["--search", "random"], ["--seed", 1]):
+    for more in ([], ["--search", "random"], ["--search", "blind"], ["--seed", 1]):
         code, out, err = run_main(capsys, "--sample-id", 12, "--simulations", 40, *more)
         assert (code, err) == (None, "") and "40 chains evaluated" in out
         steps.add(re.search("([0-9]+) layer steps run for the ([0-9]+)", out).groups())
-    assert len(steps) == 3 and all(int(run) < int(asked) for run, asked in steps)
+    assert len(steps) == 4 and all(int(run) < int(asked) for run, asked in steps)
 
 
 def test_the_settings_reach_the_search(monkeypatch):
@@ -1203,7 +1276,7 @@ def test_the_settings_reach_the_search(monkeypatch):
     signature = inspect.signature(mcts.search)
     monkeypatch.setattr(mcts, "search", lambda *given, **named: signature.bind(*given, **named).arguments)
     assert cola.search(cola.parser().parse_args(["--sample-id", "0", *flags]), len, 12, 7) == {
-        "score": len, "n_layers": 12, "seed": 7, "learn": True, **dict(zip(names, values))}
+        "score": len, "n_layers": 12, "seed": 7, "learn": True, "promise": True, **dict(zip(names, values))}
 
 
 def test_shots_dtype_cache_and_no_chat_reach_the_sample(tmp_path, capsys):
@@ -1228,7 +1301,7 @@ def test_searches_are_compared_in_one_command(table, capsys):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
     labels = [*compare_search.tables(args)]
     assert [row[:2] for row in rows] == [[label, str(n)] for n in (10, 20) for label in labels]
-    assert rows[0][3] == "0.00 ± 0.00" and all("%" in row[5] for row in rows)
+    assert rows[0][3] == "0.00 ± 0.00" and all("%" in row[4] for row in rows)
 
 
 def test_the_wilson_interval_is_that_of_the_textbooks():

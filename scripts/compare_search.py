@@ -1,18 +1,24 @@
-"""Compares searches on the same samples, with the same budget of distinct chains at most and the same verifier.
+"""Compares searches on the same samples, with the same budget of distinct chains and the same verifier.
 
     python -m scripts.compare_search
     python -m scripts.compare_search --table ablation
-    python -m scripts.compare_search --model path/to/checkpoint --dataset arithmetic-1 --shots 2 --samples 0:30
+    python -m scripts.compare_search --model path/to/checkpoint --no-chat --dataset tasks/capitals.jsonl --shots 5
 
-Tables: `searches` sets mcts.search beside the four of search_baselines.py and its own random control; `ablation` takes
-one idea after the other out of it; `special` narrows the window of actions to earlier methods. *Depth* is that of the
-shortest right chain, its mean over the samples that the full model gets right; *fixed* is the share of the samples it
-gets wrong for which a right chain was found. Intervals are of 95 % over samples: normal for a mean, Wilson for a share;
-*against the first* is the mean difference in depth, paired by sample. Smaller budgets are read off the same runs, and
-*chains/s* is that of the largest. A sample's seed is its place among --samples plus --seed.
+Tables: `searches` sets mcts.search beside the searches of search_baselines.py and follow_best.py; `ablation` takes one
+idea after the other out of it; `special` narrows the window of actions to earlier methods. The columns:
+  depth: of the shortest correct chain, its mean over the samples that the full model answers correctly.
+  corrected: of the samples that it gets wrong, those for which a correct chain was found.
+  decoys: of the same samples, those for which the same search, just as well informed, reached a wrong answer.
+  lift: corrected less decoys, over the wrong samples that have a decoy.
+"against the first" is the mean difference to the first row, paired by sample and seed. Intervals are of 95 % over
+samples: normal for a mean, Wilson for a share, Newcombe for the lift. Smaller budgets are read off the same runs.
+Sample i is searched with seeds --seed + i, --seed + 1000 + i, ... of which there are --seeds.
 """
+import random
 import time
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import cola  # before torch, as it silences a warning
@@ -21,53 +27,51 @@ from tqdm import tqdm
 import data
 import mcts
 from scripts import common, search_baselines
-from scripts.common import mean, share
-
-
-def keeping(*names):
-    """Search.update, after which these attributes are as before."""
-    update = mcts.Search.update
-
-    def update_and_keep(self, pending, scores):
-        kept = {name: getattr(self, name) for name in names}
-        update(self, pending, scores)
-        vars(self).update(kept)
-    return patch.object(mcts.Search, "update", update_and_keep)
+from scripts.common import lift, mean, share
+from scripts.follow_best import follow_best
+from scripts.study import decoy_answer
 
 
 def tables(args):
     """{label: (search, what to patch while it runs)}; a search is a function (score, n_layers, budget, seed)."""
-    def uct(**options):
+    def ours(**options):
         options = {"depth_penalty": args.depth_penalty, "exploration": args.exploration, "max_skip": args.max_skip,
                    "max_loop": args.max_loop, "batch": args.batch} | options
         return lambda score, n, budget, seed: mcts.search(score, n, budget, seed, **options).evaluated
-    ours, constants = uct(), lambda **values: patch.multiple(mcts, **values)
+    constants = partial(patch.multiple, mcts)
     return {
         "searches": {
-            "mcts.search": (ours, None),
-            "the same, batch 1": (uct(batch=1), None),
-            "its control, `--search random`": (uct(learn=False), None),
+            "mcts.search": (ours(), None),
+            "guided_search": (search_baselines.guided_search, None),
+            "follow_best": (follow_best, None),
             **{name: (getattr(search_baselines, name), None)
                for name in ("hill_climb", "edit_mcts", "random_chains", "leaf_mcts")}},
         "ablation": {
-            "mcts.search": (ours, None),
-            "no tree, rollouts alone": (ours, constants(MATURE=10 ** 4)),
-            "nodes expand at the first visit": (ours, constants(MATURE=1)),
-            "the tree is kept when the best chain changes": (ours, keeping("root")),
-            "a rollout is drawn once, known chain or not": (ours, constants(TRIES=1)),
-            "no wider rollouts where no new chain is found": (ours, constants(WIDEN=1)),
-            "no bound on depth": (ours, keeping("limit")),
-            "policy follows the full-depth chain (so no bound)": (ours, keeping("best", "ends", "root", "limit")),
-            "skips of at most 4 layers": (uct(max_skip=4), None),
-            "no more loops while nothing is right": (ours, constants(EARLY_LOOP=mcts.LOOP)),
-            "exploration 2": (uct(exploration=2), None),
-            "exploration 32": (uct(exploration=32), None)},
+            "mcts.search": (ours(), None),
+            "no tree": (ours(), constants(MATURE=10 ** 9)),
+            "no promise (`--search blind`)": (ours(promise=False), None),
+            "no tree, no promise": (ours(promise=False), constants(MATURE=10 ** 9)),
+            "no elite, no tree (`--search random`)": (ours(learn=False), None),
+            "an elite of 1 chain": (ours(), constants(ELITE=1)),
+            "an elite of 64 chains": (ours(), constants(ELITE=64)),
+            "all elite chains count the same": (ours(), constants(SHARPNESS=0)),
+            "half the departures": (ours(), constants(DEPARTURES=mcts.DEPARTURES / 2)),
+            "twice the departures": (ours(), constants(DEPARTURES=mcts.DEPARTURES * 2)),
+            "as many loops before as after": (ours(), constants(EARLY_LOOP=mcts.LOOP)),
+            "half of the departures loop": (ours(), constants(LOOP=0.5, EARLY_LOOP=0.5)),
+            "nodes expand at the first visit": (ours(), constants(MATURE=1)),
+            "a rollout is drawn once, known or not": (ours(), constants(TRIES=1)),
+            "skips of at most 4 layers": (ours(max_skip=4), None),
+            "batch 1": (ours(batch=1), None),
+            "batch 32": (ours(batch=32), None),
+            "exploration 1": (ours(exploration=1), None),
+            "exploration 32": (ours(exploration=32), None)},
         "special": {
-            "the default window: any skip, loops of up to 4": (uct(max_skip=None, max_loop=4), None),
-            "`--max-loop 0`: skip only (layer pruning)": (uct(max_skip=None, max_loop=0), None),
-            "`--max-skip 0`: loop only (looped blocks)": (uct(max_skip=0, max_loop=4), None),
-            "both 0: stop only (early exit)": (uct(max_skip=0, max_loop=0), None),
-            "`--max-loop` of the model's depth: any order": (uct(max_skip=None, max_loop=10 ** 6), None)},
+            "the default window: any skip, loops of up to 4": (ours(max_skip=None, max_loop=4), None),
+            "`--max-loop 0`: skip only (layer pruning)": (ours(max_skip=None, max_loop=0), None),
+            "`--max-skip 0`: loop only (looped blocks)": (ours(max_skip=0, max_loop=4), None),
+            "both 0: stop only (early exit)": (ours(max_skip=0, max_loop=0), None),
+            "`--max-loop` of the model's depth: any order": (ours(max_skip=None, max_loop=10 ** 6), None)},
     }[args.table]
 
 
@@ -81,49 +85,72 @@ def parser():
                        help="samples to search (default: %(default)s)")
     table.add_argument("--simulations", type=cola.at_least(1), nargs="+", default=[50, 200], metavar="N",
                        help="distinct chains a sample, one or several budgets (default: 50 200)")
+    table.add_argument("--seeds", type=cola.at_least(1), default=1, metavar="N",
+                       help="searches of each sample (default: %(default)s)")
+    table.add_argument("--no-decoy", action="store_true", help="leave the decoys out")
     return p
 
 
 def shortest(evaluated, budget):
-    """Depth of the shortest right chain among the first `budget` chains; None if there is none."""
-    return min((len(chain) for chain, score in list(evaluated.items())[:budget] if score), default=None)
+    """Depth of the shortest correct chain among the first `budget` chains; None if there is none."""
+    return min((len(chain) for chain, correct in list(evaluated.items())[:budget] if correct), default=None)
+
+
+def decoy_of(tokenizer, problem, problems, prediction, seed):
+    """The problem with a wrong answer in place of the correct one, or None."""
+    wrong = decoy_answer(tokenizer, problem, problems, prediction, random.Random(seed))
+    return None if wrong is None else replace(problem, answer=wrong)
 
 
 def main(args):
-    model, tokenizer = cola.load_checkpoint(args)
     problems = data.load(args.dataset, args.shots, args.split)
     samples = common.parse_samples(args.samples, len(problems))
-    problems, full = problems[samples.start:samples.stop], tuple(range(len(model.layers)))
+    model, tokenizer = cola.load_checkpoint(args)
+    full = tuple(range(len(model.layers)))
     searches = {label: row for label, row in tables(args).items() if not args.only or label in args.only}
     if len(searches) < len(args.only or searches):
         raise ValueError(f"--only names a row that is not there; {args.table!r} has {', '.join(tables(args))}")
-    budget = max(args.simulations)
-    runs, speed = {}, {}
-    with tqdm(total=len(searches) * len(problems), unit="sample") as bar:
+    answers = [cola.Sample(model, tokenizer, problems[i], 0).answer(full) for i in samples]
+    correct = [ok for _, ok in answers]
+    decoys = [None if ok or args.no_decoy else decoy_of(tokenizer, problems[i], problems, text, args.seed + i)
+              for i, (text, ok) in zip(samples, answers)]
+    depths, reached, speed = {}, {}, {}  # {(label, budget): a depth or None for each sample and seed}
+    with tqdm(total=len(searches) * args.seeds * (len(samples) + sum(map(bool, decoys))), unit="search") as bar:
         for label, (search, change) in searches.items():
             bar.set_description(label)
-            runs[label], start = [], time.perf_counter()
+            chains, start = 0, time.perf_counter()
             with change or nullcontext():
-                for i, problem in enumerate(problems):
-                    verify = cola.Sample(model, tokenizer, problem, args.cache_mb).verify
-                    runs[label].append(search(verify, len(full), budget, args.seed + i))
-                    bar.update()
-            speed[label] = sum(map(len, runs[label])) / (time.perf_counter() - start)
+                for seed in range(args.seed, args.seed + 1000 * args.seeds, 1000):
+                    for i, decoy in zip(samples, decoys):
+                        for table, problem in ((depths, problems[i]), (reached, decoy)):
+                            run = {}
+                            if problem is not None:
+                                sample = cola.Sample(model, tokenizer, problem, args.cache_mb)
+                                run = search(sample.verify.score, len(full), max(args.simulations), seed + i)
+                                chains += len(run)
+                                bar.update()
+                            for budget in args.simulations:
+                                table.setdefault((label, budget), []).append(shortest(run, budget))
+            speed[label] = chains / (time.perf_counter() - start)
 
-    right = [run[full] for run in runs[next(iter(runs))]]
-    print(f"{args.model}, {args.dataset}, {args.shots} shots, samples {args.samples}: the full model of {len(full)} "
-          f"layers gets {sum(right)} right and {len(right) - sum(right)} wrong\n")
-    print("| search | chains | depth, right samples | against the first | shorter | fixed, wrong samples | chains/s |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for chains in args.simulations:
+    correct, decoys = correct * args.seeds, decoys * args.seeds
+    print(f"{args.model}, {args.dataset}, {args.shots} shots, samples {args.samples}, seeds: {args.seeds}, "
+          f"{str(model.lm_head.weight.dtype).removeprefix('torch.')}: of {len(samples)} samples the full model of "
+          f"{len(full)} layers answers {sum(correct) // args.seeds} correctly\n")
+    print("| search | chains | depth | against the first | corrected | decoys | lift | chains/s |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for budget in args.simulations:
         reference = None
-        for label in runs:
-            depths = [shortest(run, chains) for run in runs[label]]
-            of_right = [depth for depth, ok in zip(depths, right) if ok]
-            reference = reference or of_right
-            of_wrong = [depth is not None for depth, ok in zip(depths, right) if not ok]
-            cells = [label, str(chains), mean(of_right), mean([a - b for a, b in zip(of_right, reference)]),
-                     share([depth < len(full) for depth in of_right]), share(of_wrong), f"{speed[label]:.0f}"]
+        for label in searches:
+            # Plain generation says whether the full model is correct; should the verifier differ, the full depth counts.
+            of_correct = [depth or len(full) for depth, ok in zip(depths[label, budget], correct) if ok]
+            reference = reference or of_correct
+            found = [depth is not None for depth in depths[label, budget]]
+            pairs = [(hit, other is not None) for hit, other, decoy, ok in
+                     zip(found, reached[label, budget], decoys, correct) if decoy and not ok]
+            cells = [label, str(budget), mean(of_correct), mean([a - b for a, b in zip(of_correct, reference)]),
+                     share([hit for hit, ok in zip(found, correct) if not ok]), share([other for _, other in pairs]),
+                     lift(pairs), f"{speed[label]:.0f}"]
             print(f"| {' | '.join(cells)} |")
 
 

@@ -70,28 +70,29 @@ class Walks:
             if position is None or len(prefix) >= self.limit:
                 node.closed = True
                 new = tuple(prefix)
-                return path, None if new in known or len(new) > self.limit else new
+                return path, None if any(new in chains for chains in known) or len(new) > self.limit else new
         for _ in range(TRIES):
             new, at = prefix, position
             while at is not None and len(new) <= self.limit:
                 policy = self.policy(new, at, leave)
                 new, at = self.step(new, at, self.rng.choices([*policy], [*policy.values()])[0])
-            if len(new) <= self.limit and tuple(new) not in known:
-                return path, tuple(new)
+            new = tuple(new)
+            if len(new) <= self.limit and not any(new in chains for chains in known):
+                return path, new
         return path, None
 
 
 def follow_best(score, n_layers, budget=200, seed=0, batch=16):
-    """{chain: correct} of the chains evaluated; `score` takes a list of chains to a list of bool."""
+    """{chain: correct} of the chains evaluated; `score` is `Verifier.score`, of which it uses the first members."""
     rng, full, best = random.Random(seed), tuple(range(n_layers)), None
-    evaluated = {full: score([full])[0]}
+    evaluated = {full: score([full])[0][0]}
     walks = Walks(full, n_layers, rng, EARLY_LOOP, 2 * n_layers)
     if evaluated[full]:
         best, walks = full, Walks(full, n_layers, rng, LOOP, n_layers)
     while len(evaluated) < budget:
         pending, leave = {}, min(0.5, LEAVE / n_layers)
         for _ in range(20 * batch):
-            path, chain = walks.simulate(evaluated.keys() | pending.keys(), leave)
+            path, chain = walks.simulate((evaluated, pending), leave)
             for node in path:
                 node.visits += 1
                 node.value -= PENALTY * walks.limit / n_layers * (chain is None)
@@ -106,7 +107,7 @@ def follow_best(score, n_layers, budget=200, seed=0, batch=16):
                 break
             walks.root, walks.limit = Node(), 2 * n_layers
         if pending:
-            evaluated |= zip(pending, score([*pending]))
+            evaluated |= zip(pending, [correct for correct, _ in score([*pending])])
             for chain, path in pending.items():
                 for node in path:
                     node.value += evaluated[chain] - PENALTY * len(chain) / n_layers

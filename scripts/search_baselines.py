@@ -1,15 +1,18 @@
-"""Four searches to measure `mcts.search` against, on chains of the same length at most and with the same budget.
+"""Searches to measure `mcts.search` against, on chains of at most the same length and with the same budget.
 
-Each takes (score, n_layers, budget, seed) and returns {chain: correct} for every distinct chain that it evaluated, the
-full-depth chain first. None evaluates more distinct chains than the budget. The two tree searches count a chain seen
-before as a simulation, as the paper does, and so evaluate fewer; hill_climb gives up after 20 proposals a chain.
+Each takes (score, n_layers, budget, seed), where `score` is `Verifier.score`, and returns {chain: correct} for every
+distinct chain that it evaluated, the full-depth chain first. None evaluates more distinct chains than the budget. The
+two tree searches count a chain seen before as a simulation, as the paper does, and so evaluate fewer; hill_climb gives
+up after 20 proposals a chain. scripts/follow_best.py holds one more.
 
+  guided_search  evolution: parents are, for each depth, the correct or else most promising chain so far; a child
+                 follows its parent from the first layer and leaves it now and then to skip, loop or stop.
   edit_mcts      the protocol of the CoLa paper (arXiv 2507.07996): the root is the full-depth chain, an action skips a
                  block of 1-4 layers or repeats one, UCB with c = 1.8, a length penalty of 3.0 * depth / n_layers inside
                  the UCB score, a random child with probability 0.1. Textbook UCT otherwise.
   leaf_mcts      the same, but it descends to a leaf before it expands: no node ever gets a second child, so the tree
                  is a path.
-  hill_climb     keeps the shortest right chain so far and changes one or two random blocks of it.
+  hill_climb     keeps the shortest correct chain so far and changes one or two random blocks of it.
   random_chains  walks the layers in order and jumps by -4..+4 with probability 0.1 at each step.
 """
 import math
@@ -29,7 +32,7 @@ class _Budget:
         if chain not in self.seen:
             if len(self.seen) >= self.budget:
                 raise _Spent
-            self.seen[chain] = bool(self.score([chain])[0])
+            self.seen[chain] = self.score([chain])[0][0]
         return self.seen[chain]
 
 
@@ -40,6 +43,54 @@ def _spend(propose, score, n_layers, budget, seed):
     except _Spent:
         pass
     return evaluate.seen
+
+
+def guided_search(score, n_layers, budget=200, seed=0, batch=16):
+    rng, full = random.Random(seed), tuple(range(n_layers))
+    scores = {full: score([full])[0]}  # {chain: (correct, promise)}
+    while len(scores) < budget:
+        shortest = min((len(chain) for chain, (correct, _) in scores.items() if correct), default=None)
+        if shortest is None:
+            parents = sorted(scores, key=lambda chain: -scores[chain][1])[:8]
+            weights = [0.5 ** rank for rank in range(len(parents))]
+        else:
+            top = {}  # {depth: chain}
+            for chain in scores:
+                if len(chain) <= shortest and scores[chain] > scores.get(top.get(len(chain)), (False, -math.inf)):
+                    top[len(chain)] = chain
+            parents = [*top.values()]
+            weights = [1.0 if scores[chain][0] else math.exp(3 * scores[chain][1]) for chain in parents]
+        children, limit = {}, 2 * n_layers if shortest is None else shortest - 1
+        for attempt in range(2000):
+            leave, loop = min(0.5, 1.6 * (1 + attempt / 200) / n_layers), 0.5 if shortest is None else 0.25
+            child = _child(rng.choices(parents, weights)[0], n_layers, rng, leave, loop)
+            if len(child) <= limit and child not in scores:
+                children[child] = None
+            if len(children) == min(batch, budget - len(scores)):
+                break
+        if not children:
+            break
+        scores |= zip(children, score([*children]))
+    return {chain: correct for chain, (correct, _) in scores.items()}
+
+
+def _child(parent, n_layers, rng, leave, loop):
+    """A chain that follows its parent, but leaves it with probability `leave` at a step, to loop with share `loop`."""
+    chain, position = [], 0
+    while len(chain) <= 2 * n_layers:
+        last, follow = chain[-1] if chain else -1, parent[position] if position < len(parent) else n_layers
+        layer = follow
+        if rng.random() < leave:
+            window = range(max(0, last - 3), last + 1) if rng.random() < loop else range(last + 1, n_layers + 1)
+            others = [layer for layer in window if layer != follow] or [follow]
+            layer = rng.choices(others, [1 / max(1, abs(follow - layer)) for layer in others])[0]
+        if layer == n_layers:
+            break
+        chain.append(layer)
+        after = [i + 1 for i, used in enumerate(parent) if used == layer]
+        after = after or [i for i, used in enumerate(parent) if used > layer and (i == 0 or parent[i - 1] < layer)]
+        position = min(after or [len(parent)], key=lambda end: abs(end - 1 - position))
+    return tuple(chain)
 
 
 def edit_mcts(score, n_layers, budget=200, seed=0, c=1.8, length_penalty=3.0, random_child=0.1, leaf_only=False):
