@@ -17,9 +17,10 @@ CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours
 """
 import math
 import random
+from bisect import bisect
 from dataclasses import dataclass, field
 from heapq import nlargest
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from numbers import Real
 
 ELITE = 16  # chains in the elite
@@ -72,17 +73,23 @@ class Node:
     def __init__(self):
         self.children, self.visits, self.value, self.closed = {}, 0, 0.0, False
 
-    def bound(self, action, prior, exploration):
-        """The upper confidence bound of an action: Q + c * prior * sqrt(visits) / (1 + visits of the child).
+    def select(self, priors, exploration):
+        """The open action of highest upper confidence bound, or None: Q + c * prior * sqrt(visits) / (1 + child's visits).
 
-        Q is the mean value of the simulations that took the action; if none did, of all that came here.
+        Q is the mean value of the simulations that took the action; if none did, of all that came here. `priors` has
+        the most likely action first.
         """
-        child = self.children.get(action)
-        if child is None:
-            return self.value / self.visits + exploration * prior * math.sqrt(self.visits)
-        if child.closed:
-            return -math.inf
-        return child.value / child.visits + exploration * prior * math.sqrt(self.visits) / (1 + child.visits)
+        width, best, highest = exploration * math.sqrt(self.visits), None, -math.inf
+        for action in priors:
+            if action not in self.children:  # of these, the most likely one has the highest bound
+                best, highest = action, self.value / self.visits + width * priors[action]
+                break
+        for action, child in self.children.items():
+            if not child.closed:
+                bound = child.value / child.visits + width * priors[action] / (1 + child.visits)
+                if bound > highest:
+                    best, highest = action, bound
+        return best
 
 
 class Search:
@@ -139,11 +146,12 @@ class Search:
 
     def count(self, worths):
         """Makes the table of transitions from {chain: worth}."""
-        self.table, self.known_priors = {}, {}
+        self.table, self.known_priors = {}, {}  # priors are made when a node asks for them
         for chain, worth in worths.items():
             for last, action in pairwise((-1, *chain, self.stop)):
                 row = self.table.setdefault(last, {})
                 row[action] = row.get(action, 0) + worth ** SHARPNESS
+        self.draws = {last: ([*row], [*accumulate(row.values())]) for last, row in self.table.items()}
 
     def around(self, last, usual):
         """{action: probability} once the policy departs from the usual action after a layer: close ones are likely."""
@@ -171,8 +179,8 @@ class Search:
 
     def draw(self, last):
         """An action drawn from the policy after a layer."""
-        row = self.table.get(last, {last + 1: 1})
-        usual, = self.rng.choices([*row], [*row.values()]) if len(row) > 1 else row
+        actions, sums = self.draws.get(last, ((last + 1,), (1,)))
+        usual = actions[bisect(sums, self.rng.random() * sums[-1], 0, len(sums) - 1)]
         if self.rng.random() >= self.departure:
             return usual
         around = self.around(last, usual)
@@ -182,31 +190,33 @@ class Search:
         """Walks down the tree and adds the first new node: the nodes on the way, and their actions."""
         node, path, actions = self.root, [self.root], ()
         while self.learn and node.visits >= MATURE and not node.closed:
-            priors = self.priors(actions[-1] if actions else -1)
-            untried = [action for action in priors if action not in node.children][:1]  # the others have lower bounds
-            action = max([*node.children, *untried],
-                         key=lambda action: node.bound(action, priors[action], self.exploration))
-            if not untried and node.children[action].closed:  # then all are
+            action = node.select(self.priors(actions[-1] if actions else -1), self.exploration)
+            if action is None:
                 node.closed = True
                 break
-            node = node.children.setdefault(action, Node())
+            if action not in node.children:
+                node.children[action] = Node()
+            node = node.children[action]
             path.append(node)
             actions += (action,)
-            node.closed = action == self.stop or len(actions) > self.limit
-        for node in path:
-            node.visits += 1  # before its value is known: a virtual loss
+            node.closed = action == self.stop or len(actions) >= self.limit
+        for visited in path:
+            visited.visits += 1  # before its value is known: a virtual loss
+        if node.closed and actions[-1:] != (self.stop,):
+            actions += (self.stop,)  # at the limit a chain can only stop
         return path, actions
 
     def roll_out(self, actions, pending):
         """Completes a prefix with the policy: a chain that is new and within the limit, or None after TRIES others."""
         for _ in range(TRIES):
-            chain = [*actions]
-            while chain[-1:] != [self.stop] and len(chain) <= self.limit:
-                chain.append(self.draw(chain[-1] if chain else -1))
-            if chain[-1:] == [self.stop]:
-                chain = tuple(chain[:-1])
-                if chain not in self.result.evaluated and chain not in pending:
-                    return chain
+            chain, last = [*actions], actions[-1] if actions else -1
+            while last != self.stop and len(chain) <= self.limit:
+                last = self.draw(last)
+                chain.append(last)
+            chain = tuple(chain[:-1])
+            if last == self.stop and len(chain) <= self.limit and not (chain in self.result.evaluated or
+                                                                       chain in pending):
+                return chain
         return None
 
 

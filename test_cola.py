@@ -502,7 +502,7 @@ def test_by_default_a_step_may_skip_any_number_of_layers():
 
 
 def test_search_evaluates_no_chain_too_deep_to_become_the_best():
-    depths, planted_score = [], planted((0, 4, 9))
+    depths, planted_score = [], planted((0, 2, 4, 6, 9))
 
     def score(chains):
         assert all(len(chain) <= min(depths, default=24) for chain in chains)
@@ -593,13 +593,17 @@ def test_a_simulation_backs_up_its_value_to_every_node_on_its_way(monkeypatch):
     assert walks[0][1] == pytest.approx(result.reward(wrong) + math.exp(result.promises[wrong]))
 
 
-def test_the_bound_follows_its_formula():
+def test_the_highest_bound_is_selected():
     node = mcts.Node()
     node.visits, node.value, node.children = 16, 8.0, {0: mcts.Node(), 1: mcts.Node()}
-    node.children[0].visits, node.children[0].value, node.children[1].closed = 3, 2.7, True
-    assert node.bound(0, prior=0.1, exploration=2) == pytest.approx(0.9 + 2 * 0.1 * 4 / 4)
-    assert node.bound(1, prior=0.1, exploration=2) == -math.inf
-    assert node.bound(2, prior=0.1, exploration=2) == pytest.approx(0.5 + 2 * 0.1 * 4)
+    node.children[0].visits, node.children[1].visits, node.children[1].value = 1, 3, 3 * 0.9
+    assert node.select({0: 0.49, 1: 0.1}, 1) == 1 and node.select({0: 0.51, 1: 0.1}, 1) == 0  # 2 * prior, 0.9 + prior
+    assert node.select({2: 0.12, 1: 0.1, 0: 0.1}, 1) == 1 and node.select({2: 0.13, 1: 0.1, 0: 0.1}, 1) == 2
+    assert node.select({0: 0.25, 1: 0.1}, 2) == 1 and node.select({0: 0.3, 1: 0.1}, 2) == 0  # c = 2: 4 * prior
+    node.children[1].closed = True
+    assert node.select({0: 0.1, 1: 0.9}, 1) == 0
+    node.children[0].closed = True
+    assert node.select({0: 0.1, 1: 0.9}, 1) is None
 
 
 def test_a_reward_that_asks_for_less_does_not_hide_better_chains(monkeypatch):
