@@ -24,9 +24,9 @@ from itertools import accumulate, pairwise
 from numbers import Real
 
 ELITE = 16  # chains in the elite
-SHARPNESS = 3  # a transition counts with the worth of its chain to this power
+SHARPNESS = 3  # the elite's transitions are weighted by the worth of their chains to this power
 DEPARTURES = 1.0  # how often the policy leaves the elite's transitions, in n_layers steps
-LOOP, EARLY_LOOP = 0.25, 0.45  # the share of departures that loop, once a chain is correct and before
+LOOP = 0.3  # the share of departures that loop; the others skip or stop
 TRIES = 10  # rollouts from a node, until one gives a new chain
 MATURE = 8  # visits from which a node chooses among its children: the mean of fewer values says little
 
@@ -140,30 +140,29 @@ class Search:
                     self.limit = min(2 * self.n_layers, math.ceil(depth - 1e-6) - 1)
         shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
         self.elite = nlargest(ELITE, shallow, key=self.value)
-        worths = {chain: self.worth(chain) for chain in self.elite if self.worth(chain) > 0}
-        if worths:  # else all scores are 0, without promises: the policy stays around the full-depth chain
-            self.count(worths)
+        weights = {chain: self.worth(chain) ** SHARPNESS for chain in self.elite}
+        if any(weights.values()):  # else all scores are 0, without promises: the policy stays around the full chain
+            self.count({chain: weight for chain, weight in weights.items() if weight})
 
-    def count(self, worths):
-        """Makes the table of transitions from {chain: worth}."""
+    def count(self, weights):
+        """Makes the table of transitions from {chain: weight}."""
         self.table, self.known_priors = {}, {}  # priors are made when a node asks for them
-        for chain, worth in worths.items():
+        for chain, weight in weights.items():
             for last, action in pairwise((-1, *chain, self.stop)):
                 row = self.table.setdefault(last, {})
-                row[action] = row.get(action, 0) + worth ** SHARPNESS
+                row[action] = row.get(action, 0) + weight
         self.draws = {last: ([*row], [*accumulate(row.values())]) for last, row in self.table.items()}
 
     def around(self, last, usual):
         """{action: probability} once the policy departs from the usual action after a layer: close ones are likely."""
-        loop = EARLY_LOOP if self.best is None else LOOP
-        if (last, usual, loop) not in self.near:
+        if (last, usual) not in self.near:
             back = {action: 1 / (usual - action) for action in self.window(last) if action < usual}
             ahead = {action: 1 / (action - usual) for action in [*self.window(last), self.stop] if action > usual}
-            share = loop if back and ahead else float(not ahead)
-            self.near[last, usual, loop] = {
-                action: part * weight / sum(weights.values())
-                for part, weights in ((share, back), (1 - share, ahead)) for action, weight in weights.items()}
-        return self.near[last, usual, loop] or {usual: 1}
+            loop = LOOP if back and ahead else float(not ahead)
+            self.near[last, usual] = {
+                action: share * weight / sum(weights.values())
+                for share, weights in ((loop, back), (1 - loop, ahead)) for action, weight in weights.items()}
+        return self.near[last, usual] or {usual: 1}
 
     def priors(self, last):
         """The policy after a layer: {action: probability}, most likely first."""

@@ -632,11 +632,12 @@ def open_weights(path):
 
 
 def read_tensor(path, name, entry, device, dtype):
-    """The tensor of an entry. Raises ValueError if it is quantized, or if it holds NaN or infinity."""
+    """The tensor of an entry. Raises ValueError if it is quantized, or if it holds NaN or infinity in this dtype."""
     if entry.get_dtype() not in ("F32", "BF16", "F16"):
         raise ValueError(f"{path}: tensor {name} is {entry.get_dtype()}; quantized weights are not supported, take "
                          "another checkpoint")
-    tensor = entry[:].to(device)
+    tensor = entry[:].to(device, dtype)
     if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN spreads to both
-        raise ValueError(f"{path}: tensor {name} holds NaN or infinity; fetch the checkpoint again")
-    return tensor.to(dtype)
+        raise ValueError(f"{path}: tensor {name} holds NaN or infinity as {str(dtype).removeprefix('torch.')}; take "
+                         "another --dtype, or fetch the checkpoint again")
+    return tensor

@@ -1474,6 +1474,8 @@ BAD_INPUT |= {
                                  for i in range(12) if i != 3}))),
     "tensor of no layer": ("no such", lambda tmp: one_tensor(tmp, lambda t: t.update(
         {"model.layers.weight": torch.ones(2)}))),
+    "weights too large for float16": ("infinity as float16; take another --dtype", lambda tmp: one_tensor(
+        tmp, lambda t: t["model.norm.weight"][3:4].fill_(1e5)) + ["--dtype", "float16"]),
     "tensor with infinity": ("infinity", lambda tmp: one_tensor(tmp, lambda t: t["model.norm.weight"][3:4].fill_(
         float("inf")))),
     "fewer tokens than the tokenizer": ("more tokens", lambda tmp: ["--model", write_checkpoint(
