@@ -2,15 +2,10 @@
 
 A node of the tree is a prefix of a chain. After a prefix whose last layer is l, the actions are to append a layer from
 l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. Appending l + 1 goes on to the next layer,
-a lower one loops, a higher one skips; stopping before the last layer is an early exit. One simulation
-  1. selects: walks down the tree by upper confidence bounds [1] with priors [2], to a node of fewer than MATURE visits,
-  2. expands: adds that node if it is new,
-  3. rolls out: completes the chain from there with the policy, which also gives the priors,
-  4. backs up: adds the chain's value to every node on the way.
-The policy is a table of transitions, counted in the elite, the most valuable chains so far: after a layer it does what
-elite chains do there, and now and then something close to it. So it recombines good chains and edits them at once.
-A score may be a pair (correct, promise) that tells how near a wrong chain came. Then a wrong chain, whose reward is
-that of a failure, is worth exp(promise) to the search: the geometric mean of the probabilities of the answer's tokens.
+a lower one loops, a higher one skips; stopping before the last layer is an early exit. The policy, which gives the
+tree its priors and draws the rollouts, is a table of transitions counted in the elite, the most valuable chains so far:
+after a layer it does what elite chains do there, and now and then something close to it. A wrong chain that comes with
+a promise is worth exp(promise), the geometric mean of the probabilities that it gives to the answer's tokens.
 
 References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT, Silver et al. 2016.
 CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours builds them layer by layer.
@@ -19,6 +14,7 @@ import math
 import random
 from bisect import bisect
 from dataclasses import dataclass, field
+from functools import cache
 from heapq import nlargest
 from itertools import accumulate, pairwise
 from numbers import Real
@@ -61,29 +57,20 @@ class Result:
 
 
 class Node:
-    """A prefix of a chain, or, below the action stop, a complete chain.
-
-    Attributes:
-      children: {action: Node}, those visited so far.
-      visits, value: number of simulations that came through, and the sum of their values.
-      closed: there is nothing left to evaluate below.
-    """
-    __slots__ = ("children", "visits", "value", "closed")
+    """A prefix of a chain or, below the action stop, a complete chain; closed once all chains below are evaluated."""
 
     def __init__(self):
-        self.children, self.visits, self.value, self.closed = {}, 0, 0.0, False
+        self.children, self.visits, self.value, self.closed = {}, 0, 0.0, False  # value: the sum over all visits
 
     def select(self, priors, exploration):
-        """The open action of highest upper confidence bound, or None: Q + c * prior * sqrt(visits) / (1 + child's visits).
+        """The action of highest upper confidence bound Q + c * prior * sqrt(visits) / (1 + child's visits).
 
-        Q is the mean value of the simulations that took the action; if none did, of all that came here. `priors` has
-        the most likely action first.
+        Q is the mean value of the child or, before its first visit, of this node. `priors` is sorted, highest first.
         """
         width, best, highest = exploration * math.sqrt(self.visits), None, -math.inf
-        for action in priors:
-            if action not in self.children:  # of these, the most likely one has the highest bound
-                best, highest = action, self.value / self.visits + width * priors[action]
-                break
+        untried = next((action for action in priors if action not in self.children), None)
+        if untried is not None:  # the most likely one: of these it has the highest bound
+            best, highest = untried, self.value / self.visits + width * priors[untried]
         for action, child in self.children.items():
             if not child.closed:
                 bound = child.value / child.visits + width * priors[action] / (1 + child.visits)
@@ -92,24 +79,33 @@ class Node:
         return best
 
 
+@cache
+def departures(usual, actions, loop):
+    """{action: probability} for a step that departs from the usual action: the closer an action, the likelier."""
+    back = {action: 1 / (usual - action) for action in actions if action < usual}
+    ahead = {action: 1 / (action - usual) for action in actions if action > usual}
+    loop = loop if back and ahead else float(not ahead)
+    return {action: share * weight / sum(weights.values())
+            for share, weights in ((loop, back), (1 - loop, ahead)) for action, weight in weights.items()} or {usual: 1}
+
+
 class Search:
-    """The tree and the policy of one search; arguments as for `search`. An action is a layer to append, or `stop`.
+    """The tree, the policy and the result of one search; arguments as for `search`. An action is a layer or `stop`.
 
     Attributes:
       best: the correct chain of highest reward so far, or None.
-      limit: the depth beyond which not even a full score would make a chain the best (branch and bound); 2 * n_layers
-        again once no other chains are left.
+      limit: the depth beyond which not even a full score would make a chain the best (branch and bound).
       elite: the ELITE chains of highest value, none deeper than the best.
-      table: {layer: {action: weight}}, what the elite does after each layer; -1 stands for the beginning.
+      table: {layer: {action: weight}}, counted in the elite; -1 is the beginning.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, learn, promise):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
         self.learn, self.promise, self.rng = learn, promise, random.Random(seed)
-        self.stop = n_layers  # as if it were one layer more: in the full-depth chain it follows the last one
+        self.stop = n_layers  # as if it were the layer after the last
         self.result, self.root, self.limit = Result({}, n_layers, depth_penalty), Node(), 2 * n_layers
-        self.best, self.elite, self.near, self.departure = None, [], {}, min(0.5, DEPARTURES / n_layers)
-        self.count({tuple(range(n_layers)): 1})
+        self.best, self.elite, self.departure = None, [], min(0.5, DEPARTURES / n_layers)
+        self.table, self.sums, self.known_priors = {}, {}, {}
 
     def window(self, last):
         """The layers that may be appended after the layer `last` (-1 before the first)."""
@@ -123,46 +119,26 @@ class Search:
         """What a chain backs up: its reward, with its worth in place of the score."""
         return self.result.reward(chain) - self.result.evaluated[chain] + self.worth(chain)
 
-    def take(self, chains, scores):
-        """Records the scores of chains and learns from them."""
-        evaluated, reward = self.result.evaluated, self.result.reward
-        for chain, score in zip(chains, scores):
-            evaluated[chain], promise = split(chain, score)
+    def take(self, scores):
+        """Records {chain: (score, promise)} and learns from it."""
+        reward, penalty, n = self.result.reward, self.result.depth_penalty, self.n_layers
+        for chain, (number, promise) in scores.items():
+            self.result.evaluated[chain] = number
             if promise is not None and self.promise:
                 self.result.promises[chain] = promise
-        if not self.learn:
-            return
-        for chain in chains:
-            if evaluated[chain] > 0 and (self.best is None or reward(chain) > reward(self.best)):
+            if number > 0 and self.learn and (self.best is None or reward(chain) > reward(self.best)):
                 self.best = chain
-                if self.result.depth_penalty:  # less than the depth at which a full score has the reward of the best
-                    depth = (1 - reward(chain)) * self.n_layers / self.result.depth_penalty
-                    self.limit = min(2 * self.n_layers, math.ceil(depth - 1e-6) - 1)
-        shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
-        self.elite = nlargest(ELITE, shallow, key=self.value)
-        weights = {chain: self.worth(chain) ** SHARPNESS for chain in self.elite}
-        if any(weights.values()):  # else all scores are 0, without promises: the policy stays around the full chain
-            self.count({chain: weight for chain, weight in weights.items() if weight})
-
-    def count(self, weights):
-        """Makes the table of transitions from {chain: weight}."""
-        self.table, self.known_priors = {}, {}  # priors are made when a node asks for them
-        for chain, weight in weights.items():
-            for last, action in pairwise((-1, *chain, self.stop)):
-                row = self.table.setdefault(last, {})
-                row[action] = row.get(action, 0) + weight
-        self.draws = {last: ([*row], [*accumulate(row.values())]) for last, row in self.table.items()}
-
-    def around(self, last, usual):
-        """{action: probability} once the policy departs from the usual action after a layer: close ones are likely."""
-        if (last, usual) not in self.near:
-            back = {action: 1 / (usual - action) for action in self.window(last) if action < usual}
-            ahead = {action: 1 / (action - usual) for action in [*self.window(last), self.stop] if action > usual}
-            loop = LOOP if back and ahead else float(not ahead)
-            self.near[last, usual] = {
-                action: share * weight / sum(weights.values())
-                for share, weights in ((loop, back), (1 - loop, ahead)) for action, weight in weights.items()}
-        return self.near[last, usual] or {usual: 1}
+                if penalty:  # less than the depth at which a full score has the reward of the best
+                    self.limit = min(2 * n, math.ceil((1 - reward(chain)) * n / penalty - 1e-6) - 1)
+        shallow = [chain for chain in [*self.elite, *scores] if len(chain) <= self.limit + 1]
+        self.elite = nlargest(ELITE, shallow, key=self.value) if self.learn else []
+        self.table, self.known_priors = {}, {}
+        for chain in self.elite:
+            if weight := self.worth(chain) ** SHARPNESS:
+                for last, action in pairwise((-1, *chain, self.stop)):
+                    row = self.table.setdefault(last, {})
+                    row[action] = row.get(action, 0) + weight
+        self.sums = {last: [*accumulate(row.values())] for last, row in self.table.items()}
 
     def priors(self, last):
         """The policy after a layer: {action: probability}, most likely first."""
@@ -171,37 +147,25 @@ class Search:
             for usual, weight in row.items():
                 share = weight / sum(row.values())
                 priors[usual] = priors.get(usual, 0) + share * (1 - self.departure)
-                for action, probability in self.around(last, usual).items():
+                for action, probability in departures(usual, (*self.window(last), self.stop), LOOP).items():
                     priors[action] = priors.get(action, 0) + share * self.departure * probability
             self.known_priors[last] = dict(sorted(priors.items(), key=lambda item: -item[1]))
         return self.known_priors[last]
 
-    def draw(self, last):
-        """An action drawn from the policy after a layer."""
-        actions, sums = self.draws.get(last, ((last + 1,), (1,)))
-        usual = actions[bisect(sums, self.rng.random() * sums[-1], 0, len(sums) - 1)]
-        if self.rng.random() >= self.departure:
-            return usual
-        around = self.around(last, usual)
-        return self.rng.choices([*around], [*around.values()])[0]
-
     def select(self):
         """Walks down the tree and adds the first new node: the nodes on the way, and their actions."""
-        node, path, actions = self.root, [self.root], ()
-        while self.learn and node.visits >= MATURE and not node.closed:
-            action = node.select(self.priors(actions[-1] if actions else -1), self.exploration)
+        path, actions = [self.root], ()
+        while self.learn and path[-1].visits >= MATURE and not path[-1].closed:
+            action = path[-1].select(self.priors(actions[-1] if actions else -1), self.exploration)
             if action is None:
-                node.closed = True
-                break
-            if action not in node.children:
-                node.children[action] = Node()
-            node = node.children[action]
-            path.append(node)
-            actions += (action,)
-            node.closed = action == self.stop or len(actions) >= self.limit
-        for visited in path:
-            visited.visits += 1  # before its value is known: a virtual loss
-        if node.closed and actions[-1:] != (self.stop,):
+                path[-1].closed = True
+            else:
+                path.append(path[-1].children.setdefault(action, Node()))
+                actions += (action,)
+                path[-1].closed = action == self.stop or len(actions) >= self.limit
+        for node in path:
+            node.visits += 1  # before its value is known: a virtual loss
+        if path[-1].closed and actions[-1:] != (self.stop,):
             actions += (self.stop,)  # at the limit a chain can only stop
         return path, actions
 
@@ -210,51 +174,48 @@ class Search:
         for _ in range(TRIES):
             chain, last = [*actions], actions[-1] if actions else -1
             while last != self.stop and len(chain) <= self.limit:
-                last = self.draw(last)
-                chain.append(last)
+                row, sums = self.table.get(last, (last + 1,)), self.sums.get(last, (1,))
+                action = [*row][bisect(sums, self.rng.random() * sums[-1], 0, len(sums) - 1)]
+                if self.rng.random() < self.departure:
+                    others = departures(action, (*self.window(last), self.stop), LOOP)
+                    action, = self.rng.choices([*others], [*others.values()])
+                chain.append(last := action)
             chain = tuple(chain[:-1])
-            if last == self.stop and len(chain) <= self.limit and not (chain in self.result.evaluated or
-                                                                       chain in pending):
+            known = chain in self.result.evaluated or chain in pending
+            if last == self.stop and len(chain) <= self.limit and not known:
                 return chain
         return None
 
-
-def back_up(path, value):
-    for node in path:
-        node.value += value
+    def back_up(self, path, value):
+        for node in path:
+            node.value += value
 
 
 def split(chain, score):
-    """A score as (score, promise), the promise None where there is none. Raises ValueError if it is malformed."""
+    """A score as (number, promise or None), or ValueError."""
     match score:
         case (Real() as number, Real() as promise) if 0 <= number <= 1 and promise <= 0:
             return number, promise
-        case Real() if 0 <= score <= 1:  # also false for NaN
+        case Real() if 0 <= score <= 1:  # false for NaN
             return score, None
-    raise ValueError(f"the score of chain {list(chain)} is {score!r}; return a number from 0 to 1, or such a number and "
-                     "a promise, a log-probability of 0 or less")
+    raise ValueError(f"the score of chain {list(chain)} is {score!r}; return a number from 0 to 1, alone or with a "
+                     "promise, a log-probability")
 
 
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
            batch=8, learn=True, promise=True):
-    """Searches for a chain of high reward.
+    """Searches for a chain of high reward; returns a Result.
 
     Args:
-      score: callable, a list of chains (tuples of layer indices) to a list of scores: numbers in [0, 1] (a bool is
-        one), or pairs of such a number and a promise, the mean log-probability of the correct answer's tokens.
-      n_layers: layers of the model.
-      simulations: how many distinct chains to evaluate, the full-depth chain first.
+      score: callable, a list of chains (tuples of layer indices) to a list of numbers in [0, 1] (a bool is one), or of
+        pairs of such a number and a promise, the mean log-probability of the correct answer's tokens.
+      simulations: how many distinct chains to evaluate, the full-depth chain first; fewer if there are no more.
       seed: the same seed, batch and scores give the same result.
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
-      max_skip, max_loop: how many layers one step may skip (None: any number) and go back; chains hold up to
-        2 * n_layers steps.
-      batch: how many chains to ask `score` for at a time. Until its score is in, a simulation counts as a visit of
-        value 0, so that the next ones go elsewhere.
-      learn: False draws every chain from the policy around the full-depth chain, with no tree: a control.
-      promise: False ignores promises: a control.
-    Returns a Result. It holds fewer than `simulations` chains only if there are no more; the control also gives up
-    once it draws nothing but known chains.
+      max_skip, max_loop: layers that a step may skip (None: any number) and go back; depth is 2 * n_layers at most.
+      batch: how many chains to ask `score` for at a time. Until then a simulation counts as a visit of value 0.
+      learn, promise: two controls; False draws chains around the full-depth chain without a tree, or ignores promises.
     Raises ValueError for a number out of range, and for scores that are malformed or not one for each chain.
     """
     max_skip = n_layers if max_skip is None else max_skip
@@ -264,17 +225,17 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         if not least <= value < math.inf:
             raise ValueError(f"{name} must be {least} or more, not {value}")
     state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop, learn, promise)
-    evaluated, pending = state.result.evaluated, {tuple(range(n_layers)): []}  # {chain: the nodes on the way to it}
+    pending = {tuple(range(n_layers)): []}  # {chain: the nodes on the way to it}, to be scored together
     while pending:
         scores = list(score([*pending]))
         if len(scores) != len(pending):
-            raise ValueError(f"score returned {len(scores)} scores for the {len(pending)} chains from "
-                             f"{list(next(iter(pending)))} on; return one for each")
-        state.take(pending, scores)
+            first = list(next(iter(pending)))
+            raise ValueError(f"{len(scores)} scores for the {len(pending)} chains from {first} on; return one for each")
+        state.take({chain: split(chain, got) for chain, got in zip(pending, scores)})
         for chain, path in pending.items():
-            back_up(path, state.value(chain))
+            state.back_up(path, state.value(chain))
         pending, fruitless = {}, 0
-        while len(pending) < min(batch, simulations - len(evaluated)):
+        while len(pending) < min(batch, simulations - len(state.result.evaluated)):
             if state.root.closed and not pending and state.limit < 2 * n_layers:
                 state.root, state.limit = Node(), 2 * n_layers  # nothing better is left: on to deeper chains
             if state.root.closed or fruitless >= 50 * batch and (pending or not learn):
@@ -285,5 +246,5 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                 pending[chain] = path
             else:
                 fruitless += 1
-                back_up(path, -depth_penalty * state.limit / n_layers)  # the lowest value there is
+                state.back_up(path, -depth_penalty * state.limit / n_layers)  # the lowest value there is
     return state.result

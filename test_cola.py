@@ -580,8 +580,8 @@ def test_the_control_learns_nothing():
 
 
 def test_a_simulation_backs_up_its_value_to_every_node_on_its_way(monkeypatch):
-    back_up, walks = mcts.back_up, []
-    monkeypatch.setattr(mcts, "back_up", lambda path, value: walks.append((path, value)) or back_up(path, value))
+    back_up, walks = mcts.Search.back_up, []
+    monkeypatch.setattr(mcts.Search, "back_up", lambda self, *given: walks.append(given) or back_up(self, *given))
     result = mcts.search(near((0, 1, 2, 4, 5)), n_layers=6, simulations=120)
     nodes = {id(node): node for path, _ in walks for node in path}.values()
     assert len(nodes) > 10 and max(len(path) for path, _ in walks) > 3
