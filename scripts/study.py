@@ -3,13 +3,14 @@
     python -m scripts.study --out runs/tiny.jsonl
     torchrun --nproc-per-node 8 -m scripts.study --dataset arc-easy --model ORG/NAME --samples 0:500 --out arc.jsonl
 
-A line is on the disk before the next sample begins; the same command goes on where it was stopped. Of several processes
-each takes its part of the samples and writes its own file beside --out, such as runs/arc.rank3.jsonl; they need not
-talk, and their number may change. What a search finds may be luck, so with each sample stands
-  decoy: where the full model is wrong, whether the same search reaches a wrong answer too. That is another choice,
-    neither right nor the full model's; or the answer of another problem of the same level, with as many tokens.
-  reorder: whether the best chain is right elsewhere, and whether the full model is: with the choices in another order,
-    or, where the answer is free, on the next problems of the same level, as far as they are not too long for the model.
+Each line is on disk before the next sample begins, and the same command resumes where it was stopped. With several
+processes, each takes its share of the samples and writes its own file beside --out, such as runs/arc.rank3.jsonl; they
+do not communicate, and their number may change. What a search finds may be luck, so each line has two controls:
+  decoy: if the full model is wrong, whether the same search reaches a wrong answer too. It is told how near it comes to
+    that answer, just as the search for the correct one is. The decoy is another choice, neither correct nor the full
+    model's; or the answer to another problem of the same level, with as many tokens.
+  reorder: whether the best chain is correct elsewhere, and whether the full model is: with the choices in another order
+    or, for free answers, on the next problems of the same level (skipping those too long for the model).
 A sample's seed is its id plus --seed. scripts.report and scripts.figures read the lines.
 """
 import json
