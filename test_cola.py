@@ -28,10 +28,11 @@ import pytest
 import torch
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional as F
 
 import data
 import mcts
-from model import BatchVerifier, Config, KVCache, Llama, Verifier, find_device
+from model import BatchVerifier, Config, KVCache, Linear, Llama, Verifier, find_device
 from scripts import common, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
 from scripts.train_tiny import save_tensors
 
@@ -268,6 +269,20 @@ def test_the_states_used_last_are_kept():
     for layer in (0, 1, 2, 0, 3):
         verify([(layer,)])
     assert list(verify.states) == [(2,), (0,), (3,)] and verify.steps_run == 4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(2, 3), (3, 200), (700,)], ids=str)
+def test_products_of_either_library_are_the_same(rows, bias):
+    torch.manual_seed(0)
+    x, linear = torch.randn(*rows, 128, requires_grad=True), Linear(128, 256, bias)
+    plain = F.linear(x, linear.weight, linear.bias)
+    torch.testing.assert_close(linear(x), plain)  # to train on
+    linear(x).sum().backward()
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x), plain.detach())
+        torch.testing.assert_close(linear(x.transpose(0, -2).contiguous().transpose(0, -2)), plain.detach())
+        torch.testing.assert_close(linear.bfloat16()(x.bfloat16()).float(), plain.detach(), rtol=0.05, atol=0.05)
 
 
 def test_a_model_can_train_after_it_was_used():
