@@ -33,10 +33,10 @@ from torch.nn import functional as F
 import data
 import mcts
 from model import BatchVerifier, Config, KVCache, Linear, Llama, Verifier, find_device
-from scripts import common, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
+from scripts import bench, common, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
 from scripts.train_tiny import save_tensors
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 ROOT = Path(cola.__file__).resolve().parent
 
 
@@ -1292,6 +1292,48 @@ def test_the_settings_reach_the_search(monkeypatch):
     monkeypatch.setattr(mcts, "search", lambda *given, **named: signature.bind(*given, **named).arguments)
     assert cola.search(cola.parser().parse_args(["--sample-id", "0", *flags]), len, 12, 7) == {
         "score": len, "n_layers": 12, "seed": 7, "learn": True, "promise": True, **dict(zip(names, values))}
+
+
+@pytest.mark.parametrize("own, at_a_time, threads", [(None, 1, 1), (None, 16, 3), ("3", 1, 3)])
+def test_threads_are_for_large_products_or_as_the_user_says(own, at_a_time, threads, monkeypatch):
+    args, before = cola.parser().parse_args(["--sample-id", "0", "--device", "cpu"]), torch.get_num_threads()
+    monkeypatch.setattr(cola, "THREADS", 3)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        cola.load_checkpoint(args, at_a_time)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "1"}], ids=str)
+def test_the_environment_is_set_before_torch_reads_it_and_a_users_own_stands(own):
+    code = """import os, sys
+import importlib.abc
+class Find(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.meta_path.remove(self)
+sys.meta_path.insert(0, Find())
+import cola
+print(cola.THREADS)"""
+    unset = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=unset | own, text=True).split()
+    assert printed[0] == own.get("GOMP_SPINCOUNT", "1000") and printed[1] == own.get("OMP_NUM_THREADS", printed[1])
+
+
+def test_busy_processes_end_with_their_work_and_with_their_parent():
+    with pytest.raises(ZeroDivisionError), bench.busy(1):
+        1 / 0
+    with subprocess.Popen([sys.executable, "-c", bench.BUSY], stdin=subprocess.PIPE) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.stdin.close()
+        assert process.wait(30) == 0
 
 
 def test_shots_dtype_cache_and_no_chat_reach_the_sample(tmp_path, capsys):
