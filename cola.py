@@ -19,14 +19,18 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch
 # Read once, when torch is imported: its threads wait for one another by spinning for so many turns, then they sleep.
 # By default they spin for milliseconds, and where other processes want the cores, the one waited for does not run.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-import torch
-from huggingface_hub.errors import (GatedRepoError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
-                                    RepositoryNotFoundError, RevisionNotFoundError)
-from tqdm import tqdm
+try:
+    import torch
+    from huggingface_hub.errors import (GatedRepoError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+                                        RepositoryNotFoundError, RevisionNotFoundError)
+    from tqdm import tqdm
 
-import data
-import mcts
-from model import Llama, Verifier, fetch
+    import data
+    import mcts
+    from model import Llama, Verifier, fetch
+except KeyboardInterrupt:  # for importing torch takes seconds
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 THREADS = torch.get_num_threads()  # OMP_NUM_THREADS, or one a core
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded checkpoint

@@ -64,13 +64,17 @@ class Config:
             types = get_args(field.type) or [field.type]  # the members of a union
             if type(value) not in types:  # isinstance would take True for an int
                 raise ValueError(f"{field.name} is {value!r}")
-            # Where 0 is the default it means that the model has no such part.
-            if type(value) in (int, float) and not 0 < value < math.inf and value != field.default:
+            # Where 0 is the default it means that the model has no such part. No size comes near its limit, and tensors
+            # of two sizes below it can be compared with the checkpoint's, which takes no memory yet.
+            limit = 2 ** 60 if float in types else 2 ** 24
+            if type(value) in (int, float) and not 0 < value < limit and value != field.default:
                 raise ValueError(f"{field.name} {value} is out of range")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_key_value_heads} key/value heads for {self.num_attention_heads} query heads")
+        if self.num_attention_heads * self.head_dim >= 2 ** 24:
+            raise ValueError(f"{self.num_attention_heads} heads of {self.head_dim} are out of range")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} has no two halves to rotate")
         for name in ROPE_TYPES[self.rope_type]:
