@@ -19,7 +19,7 @@ import math
 import random
 from dataclasses import dataclass, field
 from heapq import nlargest
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from numbers import Real
 
 ELITE = 16  # chains in the elite
@@ -72,17 +72,16 @@ class Node:
     def __init__(self):
         self.children, self.visits, self.value, self.closed = {}, 0, 0.0, False
 
-    def bound(self, action, prior, exploration):
-        """The upper confidence bound of an action: Q + c * prior * sqrt(visits) / (1 + visits of the child).
+    def bound(self, action, prior, width):
+        """The upper confidence bound of an action: Q + prior * width / (1 + visits of the child).
 
-        Q is the mean value of the simulations that took the action; if none did, of all that came here.
+        Q is the mean value of the simulations that took the action; if none did, of all that came here. width is the
+        exploration constant times the square root of the visits of this node.
         """
         child = self.children.get(action)
         if child is None:
-            return self.value / self.visits + exploration * prior * math.sqrt(self.visits)
-        if child.closed:
-            return -math.inf
-        return child.value / child.visits + exploration * prior * math.sqrt(self.visits) / (1 + child.visits)
+            return self.value / self.visits + prior * width
+        return -math.inf if child.closed else child.value / child.visits + prior * width / (1 + child.visits)
 
 
 class Search:
@@ -125,6 +124,7 @@ class Search:
                 self.result.promises[chain] = promise
         if not self.learn:
             return
+        known = self.best, self.elite
         for chain in chains:
             if evaluated[chain] > 0 and (self.best is None or reward(chain) > reward(self.best)):
                 self.best = chain
@@ -134,12 +134,13 @@ class Search:
         shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
         self.elite = nlargest(ELITE, shallow, key=self.value)
         worths = {chain: self.worth(chain) for chain in self.elite if self.worth(chain) > 0}
-        if worths:  # else all scores are 0, without promises: the policy stays around the full-depth chain
+        # Without worths all scores are 0 and have no promises: the policy stays around the full-depth chain.
+        if worths and (self.best, self.elite) != known:
             self.count(worths)
 
     def count(self, worths):
         """Makes the table of transitions from {chain: worth}."""
-        self.table, self.known_priors = {}, {}
+        self.table, self.known_priors, self.known_draws = {}, {}, {}
         for chain, worth in worths.items():
             for last, action in pairwise((-1, *chain, self.stop)):
                 row = self.table.setdefault(last, {})
@@ -171,21 +172,19 @@ class Search:
 
     def draw(self, last):
         """An action drawn from the policy after a layer."""
-        row = self.table.get(last, {last + 1: 1})
-        usual, = self.rng.choices([*row], [*row.values()]) if len(row) > 1 else row
-        if self.rng.random() >= self.departure:
-            return usual
-        around = self.around(last, usual)
-        return self.rng.choices([*around], [*around.values()])[0]
+        if last not in self.known_draws:
+            priors = self.priors(last)
+            self.known_draws[last] = [*priors], [*accumulate(priors.values())]
+        actions, cumulative = self.known_draws[last]
+        return self.rng.choices(actions, cum_weights=cumulative)[0]
 
     def select(self):
         """Walks down the tree and adds the first new node: the nodes on the way, and their actions."""
         node, path, actions = self.root, [self.root], ()
         while self.learn and node.visits >= MATURE and not node.closed:
-            priors = self.priors(actions[-1] if actions else -1)
+            priors, width = self.priors(actions[-1] if actions else -1), self.exploration * math.sqrt(node.visits)
             untried = [action for action in priors if action not in node.children][:1]  # the others have lower bounds
-            action = max([*node.children, *untried],
-                         key=lambda action: node.bound(action, priors[action], self.exploration))
+            action = max([*node.children, *untried], key=lambda action: node.bound(action, priors[action], width))
             if not untried and node.children[action].closed:  # then all are
                 node.closed = True
                 break

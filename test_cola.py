@@ -322,6 +322,22 @@ def test_a_dense_config_may_say_that_there_are_no_experts(tmp_path):
         assert Config.from_json(folder / "config.json") == Config.from_json(cola.TINY / "config.json")
 
 
+@pytest.mark.parametrize("size", [10**18, 2**31, 10**400, -1], ids=["10**18", "2**31", "10**400", "-1"])
+def test_sizes_that_no_model_has_are_refused(size, tmp_path, capsys):
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts_per_tok",
+                 "moe_intermediate_size", "shared_expert_intermediate_size"):
+        folder = write_checkpoint(tmp_path / name, **{name: size})
+        with pytest.raises(SystemExit, match="2"):
+            cola.main(["--sample-id", "0", "--model", str(folder)])
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and "config.json" in err
+    for change in ({"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20},
+                   {"rope_parameters": {"rope_theta": 10**400}}, {"clip_qkv": 10**400}):
+        with pytest.raises(ValueError, match="config.json"):
+            Llama.from_pretrained(write_checkpoint(tmp_path / f"also_{[*change][0]}", **change))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_computes_the_same():
     tokens = torch.randint(280, (2, 30))
@@ -524,7 +540,7 @@ def test_search_evaluates_no_chain_too_deep_to_become_the_best():
         right = planted_score(chains)
         depths.extend(len(chain) for chain, ok in zip(chains, right) if ok)
         return right
-    mcts.search(score, n_layers=12, simulations=150, batch=4)
+    mcts.search(score, n_layers=12, simulations=100, batch=4)  # there are 121 chains of less than three layers
     assert min(depths) < 6
 
 
@@ -612,9 +628,32 @@ def test_the_bound_follows_its_formula():
     node = mcts.Node()
     node.visits, node.value, node.children = 16, 8.0, {0: mcts.Node(), 1: mcts.Node()}
     node.children[0].visits, node.children[0].value, node.children[1].closed = 3, 2.7, True
-    assert node.bound(0, prior=0.1, exploration=2) == pytest.approx(0.9 + 2 * 0.1 * 4 / 4)
-    assert node.bound(1, prior=0.1, exploration=2) == -math.inf
-    assert node.bound(2, prior=0.1, exploration=2) == pytest.approx(0.5 + 2 * 0.1 * 4)
+    assert node.bound(0, prior=0.1, width=2 * 4) == pytest.approx(0.9 + 2 * 0.1 * 4 / 4)
+    assert node.bound(1, prior=0.1, width=2 * 4) == -math.inf
+    assert node.bound(2, prior=0.1, width=2 * 4) == pytest.approx(0.5 + 2 * 0.1 * 4)
+
+
+def test_draws_follow_the_policy():
+    state = mcts.Search(8, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=8, max_loop=4, learn=True, promise=True)
+    state.count({(0, 1, 2, 3, 4, 5, 6, 7): 1, (0, 1, 3, 3, 5): 0.8, (1, 3, 7): 0.5})
+    for last in range(-1, 8):
+        drawn, priors = Counter(state.draw(last) for _ in range(4000)), state.priors(last)
+        assert sum(priors.values()) == pytest.approx(1) and drawn.keys() <= priors.keys()
+        assert all(drawn[action] / 4000 == pytest.approx(prior, abs=0.04) for action, prior in priors.items())
+
+
+def test_the_policy_is_that_of_the_elite_of_now(monkeypatch):
+    tables, take = [], mcts.Search.take
+
+    def compare(state, chains, scores):
+        take(state, chains, scores)
+        table, priors = state.table, {last: state.priors(last) for last in range(-1, 6)}
+        state.count({chain: state.worth(chain) for chain in state.elite})
+        assert state.table == table and {last: state.priors(last) for last in range(-1, 6)} == priors
+        tables.append(table)
+    monkeypatch.setattr(mcts.Search, "take", compare)
+    mcts.search(near((0, 1, 2, 4, 5)), n_layers=6, simulations=200)
+    assert 5 < len({json.dumps(table) for table in tables}) < len(tables)
 
 
 def test_a_reward_that_asks_for_less_does_not_hide_better_chains(monkeypatch):
@@ -1558,6 +1597,20 @@ def test_every_error_ends_in_one_line_and_a_code(error, code, says, capsys):
         cola.exit_on_error("cola.py", fail)
     err = capsys.readouterr().err
     assert end.value.code == code and err.startswith("cola.py: ") and err.count("\n") == 1 and says in err
+
+
+@pytest.mark.parametrize("module", ["torch", "torch.nn", "tqdm"])
+@pytest.mark.parametrize("program", [["cola.py"], ["-m", "scripts.study"]], ids=" ".join)
+def test_an_interrupt_during_the_imports_ends_in_one_line(program, module, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"""import importlib.abc, os, signal, sys
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())""")
+    ended = subprocess.run([sys.executable, *program], cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
 def test_memory_that_torch_cannot_have_on_the_cpu_ends_in_the_same_line(capsys):
