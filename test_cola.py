@@ -243,6 +243,28 @@ def test_verdicts_do_not_depend_on_company_or_cache(cache_mb):
     assert right > 20
 
 
+@pytest.mark.parametrize("shortcuts", [{}, {"one_dnn": False}, {"cache_mb": 0}, {"head_rows": 1}, {"alone": True},
+                                       {"one_dnn": False, "cache_mb": 0, "head_rows": 1, "alone": True}], ids=str)
+def test_verdicts_with_every_shortcut_on_and_off_are_those_of_the_plain_computation(shortcuts, monkeypatch):
+    """A model large enough for both of torch's libraries, two problems, and greedy decoding without any cache."""
+    model, rng, products = random_model(hidden_size=192, intermediate_size=512), random.Random(0), []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *more: products.append(x.is_mkldnn) or linear(x, *more))
+    monkeypatch.setattr("model.HEAD_ROWS", shortcuts.get("head_rows", 256))
+    prompts = [torch.randint(50, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 47)]
+    chains = list(dict.fromkeys([tuple(chain) for chain in chains_of(5)] + [random_chain(rng, 5) for _ in range(20)]))
+    written = [[without_cache(model, prompt, chain, 3) for prompt in prompts] for chain in chains]
+    problems = [(prompt, answer[:2], {answer[2]}) for prompt, answer in zip(prompts, written[-1])]
+    expected = [[text == answer + [*stop] for text, (_, answer, stop) in zip(texts, problems)] for texts in written]
+    assert 3 < sum(map(sum, expected)) < len(chains)
+    products.clear()
+    with torch.backends.mkldnn.flags(enabled=shortcuts.get("one_dnn", True)):
+        verify = BatchVerifier(model, problems, shortcuts.get("cache_mb", 100))
+        groups = [[chain] for chain in chains] if "alone" in shortcuts else [chains[:9], chains[9:]]
+        assert [verdicts for group in groups for verdicts in verify(group)] == expected
+    assert any(products) == (shortcuts.get("one_dnn", True) and torch.backends.mkldnn.is_available())
+
+
 def test_every_prefix_is_run_once():
     model, rng = random_model(), random.Random(0)
     verify, prefixes, asked = Verifier(model, [1, 2, 3], [4]), set(), 0
