@@ -245,6 +245,7 @@ def test_verdicts_do_not_depend_on_company_or_cache(cache_mb):
 
 @pytest.mark.parametrize("shortcuts", [{}, {"one_dnn": False}, {"cache_mb": 0}, {"head_rows": 1}, {"alone": True},
                                        {"one_dnn": False, "cache_mb": 0, "head_rows": 1, "alone": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:TF32")  # which torch says of GPUs when it is told to use oneDNN or not
 def test_verdicts_with_every_shortcut_on_and_off_are_those_of_the_plain_computation(shortcuts, monkeypatch):
     """A model large enough for both of torch's libraries, two problems, and greedy decoding without any cache."""
     model, rng, products = random_model(hidden_size=192, intermediate_size=512), random.Random(0), []
