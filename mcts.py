@@ -17,6 +17,7 @@ CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours
 """
 import math
 import random
+from bisect import bisect
 from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import accumulate, pairwise
@@ -78,8 +79,7 @@ class Node:
         Q is the mean value of the simulations that took the action; if none did, of all that came here. width is the
         exploration constant times the square root of the visits of this node.
         """
-        child = self.children.get(action)
-        if child is None:
+        if (child := self.children.get(action)) is None:
             return self.value / self.visits + prior * width
         return -math.inf if child.closed else child.value / child.visits + prior * width / (1 + child.visits)
 
@@ -133,10 +133,10 @@ class Search:
                     self.limit = min(2 * self.n_layers, math.ceil(depth - 1e-6) - 1)
         shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
         self.elite = nlargest(ELITE, shallow, key=self.value)
-        worths = {chain: self.worth(chain) for chain in self.elite if self.worth(chain) > 0}
-        # Without worths all scores are 0 and have no promises: the policy stays around the full-depth chain.
-        if worths and (self.best, self.elite) != known:
-            self.count(worths)
+        if (self.best, self.elite) != known:
+            worths = {chain: self.worth(chain) for chain in self.elite if self.worth(chain) > 0}
+            if worths:  # else all scores are 0, without promises: the policy stays around the full-depth chain
+                self.count(worths)
 
     def count(self, worths):
         """Makes the table of transitions from {chain: worth}."""
@@ -162,8 +162,9 @@ class Search:
         """The policy after a layer: {action: probability}, most likely first."""
         if last not in self.known_priors:
             row, priors = self.table.get(last, {last + 1: 1}), {}
+            total = sum(row.values())
             for usual, weight in row.items():
-                share = weight / sum(row.values())
+                share = weight / total
                 priors[usual] = priors.get(usual, 0) + share * (1 - self.departure)
                 for action, probability in self.around(last, usual).items():
                     priors[action] = priors.get(action, 0) + share * self.departure * probability
@@ -176,7 +177,7 @@ class Search:
             priors = self.priors(last)
             self.known_draws[last] = [*priors], [*accumulate(priors.values())]
         actions, cumulative = self.known_draws[last]
-        return self.rng.choices(actions, cum_weights=cumulative)[0]
+        return actions[bisect(cumulative, self.rng.random() * cumulative[-1], hi=len(actions) - 1)]
 
     def select(self):
         """Walks down the tree and adds the first new node: the nodes on the way, and their actions."""
