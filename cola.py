@@ -16,15 +16,23 @@ import warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch mentions it, nothing here needs it
-import torch
-from huggingface_hub.errors import (GatedRepoError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
-                                    RepositoryNotFoundError, RevisionNotFoundError)
-from tqdm import tqdm
+# Read once, when torch is imported: its threads wait for one another by spinning for so many turns, then they sleep.
+# By default they spin for milliseconds, and where other processes want the cores, the one waited for does not run.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+try:
+    import torch
+    from huggingface_hub.errors import (GatedRepoError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+                                        RepositoryNotFoundError, RevisionNotFoundError)
+    from tqdm import tqdm
 
-import data
-import mcts
-from model import Llama, Verifier, fetch
+    import data
+    import mcts
+    from model import Llama, Verifier, fetch
+except KeyboardInterrupt:  # for importing torch takes seconds
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
+THREADS = torch.get_num_threads()  # OMP_NUM_THREADS, or one a core
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded checkpoint
 
 
@@ -107,10 +115,16 @@ def add_search_arguments(p):
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of all random draws (default: %(default)s)")
 
 
-def load_checkpoint(args):
-    """The model and its tokenizer. Raises ValueError or OSError with one line that says what to do."""
+def load_checkpoint(args, at_a_time=1):
+    """The model and its tokenizer; torch gets the threads that pay for so many problems at a time.
+
+    Raises ValueError or OSError with one line that says what to do.
+    """
     folder = fetch(TINY if args.model == "tiny" else args.model, args.revision)
     model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
+    # A token's share of a layer. Below, several threads gain less than waking them costs on a busy machine.
+    work = at_a_time * sum(weight.numel() for weight in model.layers[0].parameters())
+    torch.set_num_threads(THREADS if work > 500_000 or "OMP_NUM_THREADS" in os.environ else 1)
     return model, data.Tokenizer(folder, chat=not args.no_chat)
 
 

@@ -64,13 +64,17 @@ class Config:
             types = get_args(field.type) or [field.type]  # the members of a union
             if type(value) not in types:  # isinstance would take True for an int
                 raise ValueError(f"{field.name} is {value!r}")
-            # Where 0 is the default it means that the model has no such part.
-            if type(value) in (int, float) and not 0 < value < math.inf and value != field.default:
+            # Where 0 is the default it means that the model has no such part. No size comes near its limit, and tensors
+            # of two sizes below it can be compared with the checkpoint's, which takes no memory yet.
+            limit = 2 ** 60 if float in types else 2 ** 24
+            if type(value) in (int, float) and not 0 < value < limit and value != field.default:
                 raise ValueError(f"{field.name} {value} is out of range")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_key_value_heads} key/value heads for {self.num_attention_heads} query heads")
+        if self.num_attention_heads * self.head_dim >= 2 ** 24:
+            raise ValueError(f"{self.num_attention_heads} heads of {self.head_dim} are out of range")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} has no two halves to rotate")
         for name in ROPE_TYPES[self.rope_type]:
@@ -140,6 +144,20 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A linear layer. On a CPU it takes oneDNN for large products in float32, where nothing is to be trained.
+
+    torch alone would take MKL, which runs at half of oneDNN's speed on AMD's cores. But a call of oneDNN costs more.
+    """
+
+    def forward(self, x):
+        large = x.numel() * self.out_features > 2 ** 22  # multiplications
+        if (large and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+                and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+            return F.linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
+        return super().forward(x)
+
+
 @torch.inference_mode(False)  # the table is kept, and training may need it after generation made it
 def rope_table(config, length, device):
     """cos and sin of the angle of each position, [length, head_dim] in float32 (RoPE, section 3.2.2)."""
@@ -169,10 +187,10 @@ class Attention(nn.Module):
         self.head_dim, self.clip = config.head_dim, config.clip_qkv
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias="self_attn.q_proj.bias" in shapes)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias="self_attn.k_proj.bias" in shapes)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias="self_attn.v_proj.bias" in shapes)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias="self_attn.o_proj.bias" in shapes)
+        self.q_proj = Linear(config.hidden_size, q_size, bias="self_attn.q_proj.bias" in shapes)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias="self_attn.k_proj.bias" in shapes)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias="self_attn.v_proj.bias" in shapes)
+        self.o_proj = Linear(q_size, config.hidden_size, bias="self_attn.o_proj.bias" in shapes)
         self.q_norm = self.k_norm = None
         if "self_attn.q_norm.weight" in shapes:  # over each head (Qwen3), or over all of them (OLMoE)
             per_head = shapes["self_attn.q_norm.weight"] == [config.head_dim]
@@ -205,9 +223,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size, intermediate_size, bias=False):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -222,13 +240,13 @@ class Experts(nn.Module):
         size, n_experts = config.hidden_size, (shapes["mlp.gate.weight"] or [0])[0]
         if not 1 <= self.top_k <= n_experts:
             raise ValueError(f"config.json asks for {self.top_k} of {n_experts} experts; fetch the checkpoint again")
-        self.gate = nn.Linear(size, n_experts, bias=False)
+        self.gate = Linear(size, n_experts, bias=False)
         self.experts = nn.ModuleList(MLP(size, config.moe_intermediate_size or config.intermediate_size)
                                      for _ in range(n_experts))
         self.shared_expert = None
         if "mlp.shared_expert_gate.weight" in shapes:
             self.shared_expert = MLP(size, config.shared_expert_intermediate_size or config.intermediate_size)
-            self.shared_expert_gate = nn.Linear(size, 1, bias=False)
+            self.shared_expert_gate = Linear(size, 1, bias=False)
 
     def forward(self, x):
         flat = x.flatten(0, -2)
@@ -294,7 +312,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(config, of_layers, sparse=f"layers.{i}.mlp.gate.weight" in shapes)
                                     for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 

@@ -28,14 +28,15 @@ import pytest
 import torch
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional as F
 
 import data
 import mcts
-from model import BatchVerifier, Config, KVCache, Llama, Verifier, find_device
-from scripts import common, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
+from model import BatchVerifier, Config, KVCache, Linear, Llama, Verifier, find_device
+from scripts import bench, common, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
 from scripts.train_tiny import save_tensors
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 ROOT = Path(cola.__file__).resolve().parent
 
 
@@ -242,6 +243,29 @@ def test_verdicts_do_not_depend_on_company_or_cache(cache_mb):
     assert right > 20
 
 
+@pytest.mark.parametrize("shortcuts", [{}, {"one_dnn": False}, {"cache_mb": 0}, {"head_rows": 1}, {"alone": True},
+                                       {"one_dnn": False, "cache_mb": 0, "head_rows": 1, "alone": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:TF32")  # which torch says of GPUs when it is told to use oneDNN or not
+def test_verdicts_with_every_shortcut_on_and_off_are_those_of_the_plain_computation(shortcuts, monkeypatch):
+    """A model large enough for both of torch's libraries, two problems, and greedy decoding without any cache."""
+    model, rng, products = random_model(hidden_size=192, intermediate_size=512), random.Random(0), []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *more: products.append(x.is_mkldnn) or linear(x, *more))
+    monkeypatch.setattr("model.HEAD_ROWS", shortcuts.get("head_rows", 256))
+    prompts = [torch.randint(50, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 47)]
+    chains = list(dict.fromkeys([tuple(chain) for chain in chains_of(5)] + [random_chain(rng, 5) for _ in range(20)]))
+    written = [[without_cache(model, prompt, chain, 3) for prompt in prompts] for chain in chains]
+    problems = [(prompt, answer[:2], {answer[2]}) for prompt, answer in zip(prompts, written[-1])]
+    expected = [[text == answer + [*stop] for text, (_, answer, stop) in zip(texts, problems)] for texts in written]
+    assert 3 < sum(map(sum, expected)) < len(chains)
+    products.clear()
+    with torch.backends.mkldnn.flags(enabled=shortcuts.get("one_dnn", True)):
+        verify = BatchVerifier(model, problems, shortcuts.get("cache_mb", 100))
+        groups = [[chain] for chain in chains] if "alone" in shortcuts else [chains[:9], chains[9:]]
+        assert [verdicts for group in groups for verdicts in verify(group)] == expected
+    assert any(products) == (shortcuts.get("one_dnn", True) and torch.backends.mkldnn.is_available())
+
+
 def test_every_prefix_is_run_once():
     model, rng = random_model(), random.Random(0)
     verify, prefixes, asked = Verifier(model, [1, 2, 3], [4]), set(), 0
@@ -268,6 +292,20 @@ def test_the_states_used_last_are_kept():
     for layer in (0, 1, 2, 0, 3):
         verify([(layer,)])
     assert list(verify.states) == [(2,), (0,), (3,)] and verify.steps_run == 4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(2, 3), (3, 200), (700,)], ids=str)
+def test_products_of_either_library_are_the_same(rows, bias):
+    torch.manual_seed(0)
+    x, linear = torch.randn(*rows, 128, requires_grad=True), Linear(128, 256, bias)
+    plain = F.linear(x, linear.weight, linear.bias)
+    torch.testing.assert_close(linear(x), plain)  # to train on
+    linear(x).sum().backward()
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x), plain.detach())
+        torch.testing.assert_close(linear(x.transpose(0, -2).contiguous().transpose(0, -2)), plain.detach())
+        torch.testing.assert_close(linear.bfloat16()(x.bfloat16()).float(), plain.detach(), rtol=0.05, atol=0.05)
 
 
 def test_a_model_can_train_after_it_was_used():
@@ -305,6 +343,22 @@ def test_a_dense_config_may_say_that_there_are_no_experts(tmp_path):
     for i, value in enumerate((0, None)):
         folder = write_checkpoint(tmp_path / str(i), **dict.fromkeys(sizes, value))
         assert Config.from_json(folder / "config.json") == Config.from_json(cola.TINY / "config.json")
+
+
+@pytest.mark.parametrize("size", [10**18, 2**31, 10**400, -1], ids=["10**18", "2**31", "10**400", "-1"])
+def test_sizes_that_no_model_has_are_refused(size, tmp_path, capsys):
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts_per_tok",
+                 "moe_intermediate_size", "shared_expert_intermediate_size"):
+        folder = write_checkpoint(tmp_path / name, **{name: size})
+        with pytest.raises(SystemExit, match="2"):
+            cola.main(["--sample-id", "0", "--model", str(folder)])
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and "config.json" in err
+    for change in ({"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20},
+                   {"rope_parameters": {"rope_theta": 10**400}}, {"clip_qkv": 10**400}):
+        with pytest.raises(ValueError, match="config.json"):
+            Llama.from_pretrained(write_checkpoint(tmp_path / f"also_{[*change][0]}", **change))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -509,7 +563,7 @@ def test_search_evaluates_no_chain_too_deep_to_become_the_best():
         right = planted_score(chains)
         depths.extend(len(chain) for chain, ok in zip(chains, right) if ok)
         return right
-    mcts.search(score, n_layers=12, simulations=150, batch=4)
+    mcts.search(score, n_layers=12, simulations=100, batch=4)  # there are 121 chains of less than three layers
     assert min(depths) < 6
 
 
@@ -1283,6 +1337,48 @@ def test_the_settings_reach_the_search(monkeypatch):
         "score": len, "n_layers": 12, "seed": 7, "learn": True, "promise": True, **dict(zip(names, values))}
 
 
+@pytest.mark.parametrize("own, at_a_time, threads", [(None, 1, 1), (None, 16, 3), ("3", 1, 3)])
+def test_threads_are_for_large_products_or_as_the_user_says(own, at_a_time, threads, monkeypatch):
+    args, before = cola.parser().parse_args(["--sample-id", "0", "--device", "cpu"]), torch.get_num_threads()
+    monkeypatch.setattr(cola, "THREADS", 3)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        cola.load_checkpoint(args, at_a_time)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "1"}], ids=str)
+def test_the_environment_is_set_before_torch_reads_it_and_a_users_own_stands(own):
+    code = """import os, sys
+import importlib.abc
+class Find(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.meta_path.remove(self)
+sys.meta_path.insert(0, Find())
+import cola
+print(cola.THREADS)"""
+    unset = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=unset | own, text=True).split()
+    assert printed[0] == own.get("GOMP_SPINCOUNT", "1000") and printed[1] == own.get("OMP_NUM_THREADS", printed[1])
+
+
+def test_busy_processes_end_with_their_work_and_with_their_parent():
+    with pytest.raises(ZeroDivisionError), bench.busy(1):
+        1 / 0
+    with subprocess.Popen([sys.executable, "-c", bench.BUSY], stdin=subprocess.PIPE) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.stdin.close()
+        assert process.wait(30) == 0
+
+
 def test_shots_dtype_cache_and_no_chat_reach_the_sample(tmp_path, capsys):
     arguments = ["--sample-id", "0", *map(str, template(tmp_path, CHATML)), "--shots", "2", "--dtype", "bfloat16",
                  "--cache-mb", "3"]
@@ -1507,6 +1603,20 @@ def test_every_error_ends_in_one_line_and_a_code(error, code, says, capsys):
         cola.exit_on_error("cola.py", fail)
     err = capsys.readouterr().err
     assert end.value.code == code and err.startswith("cola.py: ") and err.count("\n") == 1 and says in err
+
+
+@pytest.mark.parametrize("module", ["torch", "torch.nn", "tqdm"])
+@pytest.mark.parametrize("program", [["cola.py"], ["-m", "scripts.study"]], ids=" ".join)
+def test_an_interrupt_during_the_imports_ends_in_one_line(program, module, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"""import importlib.abc, os, signal, sys
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())""")
+    ended = subprocess.run([sys.executable, *program], cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
 def test_memory_that_torch_cannot_have_on_the_cpu_ends_in_the_same_line(capsys):

@@ -10,12 +10,20 @@
 
 (d) comes first; (a), (b) and (c) then run a random subset of its chains, and the verdicts are compared. The empty chain
 counts in none of the four, for transformers cannot cache it.
+
+Last, the search of `python cola.py --sample-id 12`, alone and beside two busy processes a core.
 """
 import argparse
 import copy
+import os
 import random
+import re
+import statistics
+import subprocess
+import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import cola  # before torch, as it silences a warning
@@ -146,12 +154,40 @@ def row(label, total):
     return f"| {' | '.join(cells)} |"
 
 
+# Works until its standard input closes, which a parent that was killed does too.
+BUSY = "import os, sys, threading as t; t.Thread(target=lambda: (sys.stdin.read(), os._exit(0))).start()\nwhile 1: pass"
+
+
+@contextmanager
+def busy(count):
+    """That many busy processes run in the meantime."""
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE) for _ in range(count)]
+    try:
+        time.sleep(1)
+        yield
+    finally:
+        for process in processes:
+            process.stdin.close()
+            process.wait()
+
+
+def first_command(times=5):
+    """The median time of the search of `python cola.py --sample-id 12`, in seconds."""
+    seconds = []
+    for _ in range(times):
+        printed = subprocess.check_output([sys.executable, cola.__file__, "--sample-id", "12"], text=True)
+        chains, rate = re.search(r"(\d+) chains evaluated.* ([\d.]+) chains/s", printed).groups()
+        seconds.append(int(chains) / float(rate))
+    return statistics.median(seconds)
+
+
 def main(args):
-    lines, unlike = [], []
+    lines, unlike, threads = [], [], []
     for name in args.models:
         args.model = name
         model, tokenizer = cola.load_checkpoint(args)
         weight = model.lm_head.weight
+        threads.append(f"{torch.get_num_threads()} on {Path(name).name}")
         folder = cola.TINY if name == "tiny" else fetch(name, args.revision)
         reference = transformers and load_reference(folder, weight)
         for dataset, shots in [("arithmetic", 0)] if name == "tiny" else [(args.arc, 0), ("arithmetic-1", 2)]:
@@ -163,12 +199,17 @@ def main(args):
                     unlike += bench(sample, reference, args, bar, total)
             lines.append(row(label, total))
 
-    print(f"torch {torch.__version__}, threads: {torch.get_num_threads()}, {weight.device}, {weight.dtype};",
+    print(f"torch {torch.__version__}, threads: {', '.join(threads)}, {weight.device}, {weight.dtype};",
           f"transformers {transformers.__version__};" if transformers else "(a) left out, for want of transformers;",
           f"(a), (b), (c) on {args.subset} random chains a sample of those of (d)\n")
     print("| case | tokens | chains | (a) ms | (b) ms | (c) ms | (d) ms | a/d, b/d, c/d | steps run | mean batch "
           "| outside verifier | of GEMM rate | verdicts differ |")
     print("|---|" + "---:|" * 12, *lines, *(["", *unlike] if unlike else []), sep="\n")
+    alone, count = first_command(), 2 * (os.cpu_count() or 1)
+    with busy(count):
+        beside = first_command()
+    print(f"\npython cola.py --sample-id 12 searches in {alone:.2f} s, beside {count} busy processes on "
+          f"{os.cpu_count()} cores in {beside:.2f} s: {beside / alone:.1f} times as long")
 
 
 def parser():

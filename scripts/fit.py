@@ -116,7 +116,7 @@ def main(args):
         raise ValueError(f"--fit {args.fit} and --test {args.test} have samples in common; keep them apart")
     if args.export:
         new_folder(args.export, source(args.model, args.revision))
-    model, tokenizer = cola.load_checkpoint(args)
+    model, tokenizer = cola.load_checkpoint(args, PART)
     n_layers, full = len(model.layers), tuple(range(len(model.layers)))
     order = random.Random(args.seed).sample(fit, len(fit))  # an easy part says little about hard ones
     parts = verifiers(model, tokenizer, problems, order, args.cache_mb)
