@@ -48,9 +48,9 @@ def tables(args):
                for name in ("hill_climb", "edit_mcts", "random_chains", "leaf_mcts")}},
         "ablation": {
             "mcts.search": (ours(), None),
-            "no tree": (ours(), constants(MATURE=10 ** 9)),
+            "no tree": (ours(), constants(MATURE=10 ** 4)),
             "no promise (`--search blind`)": (ours(promise=False), None),
-            "no tree, no promise": (ours(promise=False), constants(MATURE=10 ** 9)),
+            "no tree, no promise": (ours(promise=False), constants(MATURE=10 ** 4)),
             "no elite, no tree (`--search random`)": (ours(learn=False), None),
             "an elite of 1 chain": (ours(), constants(ELITE=1)),
             "an elite of 64 chains": (ours(), constants(ELITE=64)),
