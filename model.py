@@ -440,7 +440,8 @@ def judge(logits, answer, stop, fused):
     if stop is not None:
         ends, end = torch.isin(greedy[:, n], stop), logits[:, n, stop].logsumexp(-1) - total[:, n]
     # Two ways to end: the last token and then a stop, or both in one token.
-    ends_at_once, end_at_once = torch.isin(greedy[:, n - 1], fused), logits[:, n - 1, fused].logsumexp(-1) - total[:, n - 1]
+    ends_at_once = torch.isin(greedy[:, n - 1], fused)
+    end_at_once = logits[:, n - 1, fused].logsumexp(-1) - total[:, n - 1]
     correct = matches.all(-1) & ends | matches[:, :-1].all(-1) & ends_at_once
     promise = torch.logaddexp(tokens.sum(-1) + end, tokens[:, :-1].sum(-1) + end_at_once) / logits.shape[1]
     # Where logits overflow there is no promise; rounding may lift it above 0.

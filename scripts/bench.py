@@ -68,6 +68,7 @@ def one_by_one(sample, reference):
     tokens = torch.tensor([prompt], device=model.lm_head.weight.device)
     alone = Verifier(model, prompt, sample.target, stop, 0, sample.fused)
     breaks = sample.tokenizer.breaks
+    ends = sorted({*(stop or ()), *breaks}) or None
 
     def right(new):
         ended = stop is None or len(new) < limit or new[-1] in breaks
@@ -75,7 +76,7 @@ def one_by_one(sample, reference):
 
     def transformers_generate(chain):
         new = reference(chain).generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, use_cache=True,
-                                        max_new_tokens=limit, eos_token_id=sorted({*(stop or ()), *breaks}) or None, pad_token_id=0)
+                                        max_new_tokens=limit, eos_token_id=ends, pad_token_id=0)
         new = new[0, len(prompt):].tolist()
         return right(new[:-1] if stop and new[-1] in stop else new)
 

@@ -142,7 +142,7 @@ def main(args):
     for budget in args.simulations:
         reference = None
         for label in searches:
-            # Plain generation says whether the full model is correct; should the verifier differ, the full depth counts.
+            # Plain generation says whether the full model is correct; if the verifier differs, the full depth counts.
             of_correct = [depth or len(full) for depth, ok in zip(depths[label, budget], correct) if ok]
             reference = reference or of_correct
             found = [depth is not None for depth in depths[label, budget]]

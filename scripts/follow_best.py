@@ -54,7 +54,8 @@ class Walks:
             child, width = node.children.get(action), EXPLORATION * math.sqrt(node.visits) * policy[action]
             return node.value / node.visits + width if child is None else child.value / child.visits + width / (
                 1 + child.visits)
-        return max((a for a in policy if a not in node.children or not node.children[a].closed), key=bound, default=None)
+        return max((action for action in policy if action not in node.children or not node.children[action].closed),
+                   key=bound, default=None)
 
     def simulate(self, known, leave):
         """The nodes on the way of one walk, and a new chain or None."""
