@@ -330,7 +330,7 @@ class Tokenizer:
 
     @cached_property
     def template(self):
-        """The chat template, compiled once, for that takes longer than to render it."""
+        """The chat template, compiled once, because compiling takes longer than rendering."""
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 

@@ -4,7 +4,7 @@ A node of the tree is a prefix of a chain. After a prefix whose last layer is l,
 l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. Appending l + 1 goes on to the next layer,
 a lower one loops, a higher one skips; stopping before the last layer is an early exit. The policy, which gives the
 tree its priors and draws the rollouts, is a table of transitions counted in the elite, the most valuable chains so far:
-after a layer it does what elite chains do there, and now and then something close to it. A wrong chain that comes with
+after a layer it does what elite chains do next, and now and then something close to it. A wrong chain that comes with
 a promise is worth exp(promise), the geometric mean of the probabilities that it gives to the answer's tokens.
 
 References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT, Silver et al. 2016.
@@ -95,7 +95,7 @@ class Search:
     Attributes:
       best: the correct chain of highest reward so far, or None.
       limit: the depth beyond which not even a full score would make a chain the best (branch and bound).
-      elite: the ELITE chains of highest value, none deeper than the best.
+      elite: the ELITE chains of highest value among those that are no deeper than `limit` + 1.
       table: {layer: {action: weight}}, counted in the elite; -1 is the beginning.
     """
 
@@ -129,7 +129,7 @@ class Search:
             if number > 0 and self.learn and (self.best is None or reward(chain) > reward(self.best)):
                 self.best = chain
                 if penalty:  # less than the depth at which a full score has the reward of the best
-                    self.limit = min(2 * n, math.ceil((1 - reward(chain)) * n / penalty - 1e-6) - 1)
+                    self.limit = math.ceil(min(2 * n + 1, (1 - reward(chain)) * n / penalty - 1e-6)) - 1
         shallow = [chain for chain in [*self.elite, *scores] if len(chain) <= self.limit + 1]
         self.elite = nlargest(ELITE, shallow, key=self.value) if self.learn else []
         self.table, self.known_priors = {}, {}
@@ -164,7 +164,7 @@ class Search:
                 actions += (action,)
                 path[-1].closed = action == self.stop or len(actions) >= self.limit
         for node in path:
-            node.visits += 1  # before its value is known: a virtual loss
+            node.visits += 1  # a visit of value 0 until the chain is scored
         if path[-1].closed and actions[-1:] != (self.stop,):
             actions += (self.stop,)  # at the limit a chain can only stop
         return path, actions
@@ -214,7 +214,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back; depth is 2 * n_layers at most.
-      batch: how many chains to ask `score` for at a time. Until then a simulation counts as a visit of value 0.
+      batch: how many chains to score at a time. One that waits to be scored counts as a visit of value 0.
       learn, promise: two controls; False draws chains around the full-depth chain without a tree, or ignores promises.
     Raises ValueError for a number out of range, and for scores that are malformed or not one for each chain.
     """

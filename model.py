@@ -570,7 +570,7 @@ class BatchVerifier:
 
 
 class Verifier(BatchVerifier):
-    """A `BatchVerifier` of one problem, given by prompt, answer, stop and fused: its scores are no lists."""
+    """A `BatchVerifier` of one problem, given by prompt, answer, stop and fused: one score per chain."""
 
     def __init__(self, model, prompt, answer, stop=None, cache_mb=1024, fused=()):
         super().__init__(model, [(prompt, answer, stop, fused)], cache_mb)

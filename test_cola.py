@@ -642,7 +642,6 @@ def test_a_simulation_backs_up_its_value_to_every_node_on_its_way(monkeypatch):
     for node in nodes:
         values = [value for path, value in walks if node in path]
         assert node.visits == len(values) and node.value == pytest.approx(sum(values))
-    values = [result.reward(chain) or 0 for chain in result.evaluated]
     wrong = next(chain for chain, correct in result.evaluated.items() if not correct)
     assert walks[0][1] == pytest.approx(result.reward(wrong) + math.exp(result.promises[wrong]))
 
@@ -1824,6 +1823,13 @@ def test_a_decoy_is_wrong_not_the_prediction_and_of_as_many_tokens(tiny):
     assert study.decoy_answer(tiny[1], alone, problems, "", random.Random(0)) is None
 
 
+def test_a_decoy_is_an_answer_that_the_tokenizer_can_write(tiny, monkeypatch):
+    problems = [data.Problem(str(i), f"Q{i}", answer) for i, answer in enumerate(("1", "2", "3"))]
+    decode = data.Tokenizer.decode
+    monkeypatch.setattr(data.Tokenizer, "decode", lambda self, ids: decode(self, ids).replace("2", "?"))
+    assert {study.decoy_answer(tiny[1], problems[0], problems, "", random.Random(seed)) for seed in range(9)} == {"3"}
+
+
 def test_reordered_choices_keep_the_right_text():
     others = study.elsewhere([CHOICE], 0, 3, random.Random(0))
     assert len({other.texts for other in others}) == 3
@@ -1994,6 +2000,13 @@ def test_a_chain_given_up_is_neither_followed_nor_right_by_more_than_the_best():
     score = fit.Score(parts, layer_price=0)
     assert score([(24,)]) == [24 / 64] and score([(11,), (7,)]) == [24 / 64 - 5 / 16, 0]
     assert len(score.verdicts[11,]) == 16 and score.best == (24,)
+
+
+def test_the_score_of_a_chain_given_up_is_at_most_1():
+    """A deeper chain may be given up although it gets more of the samples seen right, for it costs more."""
+    part = {(0,): [True] * 15 + [False], (0,) * 30: [True] * 16}
+    score = fit.Score([lambda chains: [part[chain] for chain in chains]] * 4, layer_price=0.1)
+    assert score([(0,)]) == [15 / 16] and score([(0,) * 30]) == [1]
 
 
 @pytest.mark.parametrize("seed", range(4))

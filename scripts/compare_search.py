@@ -51,6 +51,7 @@ def tables(args):
             "no tree": (ours(), constants(MATURE=10 ** 4)),
             "no promise (`--search blind`)": (ours(promise=False), None),
             "no tree, no promise": (ours(promise=False), constants(MATURE=10 ** 4)),
+            "no elite: the policy around the full chain": (ours(), constants(ELITE=0)),
             "no elite, no tree (`--search random`)": (ours(learn=False), None),
             "an elite of 1 chain": (ours(), constants(ELITE=1)),
             "an elite of 64 chains": (ours(), constants(ELITE=64)),

@@ -81,9 +81,10 @@ class Score:
             for chain, verdicts in zip(running, part(running)):
                 self.verdicts[chain] += verdicts
             for chain in [chain for chain in running if self.best is not None and self.behind(chain)]:
-                # Its own share tells of the samples seen as much as of the chain. What it lost, taken from the best
-                # one's share, leaves its reward below the best one's, by as much as it is behind.
-                scores[chain] = max(0, self.share(self.best) - self.lost(chain) / len(self.verdicts[chain]))
+                # Its own share says as much about the samples seen as about the chain. What it lost on them, taken
+                # from the best one's share, leaves its reward below the best one's by as much as it is behind.
+                estimate = self.share(self.best) - self.lost(chain) / len(self.verdicts[chain])
+                scores[chain] = min(1, max(0, estimate))
             running = [chain for chain in running if chain not in scores]
         self.best = max(running + [self.best] * (self.best is not None), key=self.rank)
         return [scores.get(chain, self.share(chain)) for chain in chains]

@@ -48,9 +48,12 @@ def decoy_answer(tokenizer, problem, problems, prediction, rng):
                                         if other.level == problem.level and not other.choices]
     rng.shuffle(answers)
     length, taken = len(tokenizer.encode(problem)[1]), (problem.answer, prediction)
-    fitting = (answer for answer in answers if not any(data.exact_match(answer, other) for other in taken)
-               and len(tokenizer.encode(replace(problem, answer=answer))[1]) == length)
-    return next(fitting, None)
+    for answer in answers:
+        ids = tokenizer.encode(replace(problem, answer=answer))[1]
+        written = data.exact_match(tokenizer.decode(ids), answer)  # not so where the tokenizer lacks a character
+        if len(ids) == length and written and not any(data.exact_match(answer, other) for other in taken):
+            return answer
+    return None
 
 
 def elsewhere(problems, i, count, rng):
