@@ -16,8 +16,8 @@ import warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch mentions it, nothing here needs it
-# Read once, when torch is imported: its threads wait for one another by spinning for so many turns, then they sleep.
-# By default they spin for milliseconds, and where other processes want the cores, the one waited for does not run.
+# How long torch's threads spin while they wait for one another, before they sleep; read when torch is imported. The
+# default is milliseconds: on a busy machine they keep the thread that they wait for from running.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 try:
     import torch
@@ -28,7 +28,7 @@ try:
     import data
     import mcts
     from model import Llama, Verifier, fetch
-except KeyboardInterrupt:  # for importing torch takes seconds
+except KeyboardInterrupt:  # importing torch takes seconds
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
@@ -116,13 +116,13 @@ def add_search_arguments(p):
 
 
 def load_checkpoint(args, at_a_time=1):
-    """The model and its tokenizer; torch gets the threads that pay for so many problems at a time.
+    """The model and its tokenizer; sets torch's threads for running that many problems at a time.
 
     Raises ValueError or OSError with one line that says what to do.
     """
     folder = fetch(TINY if args.model == "tiny" else args.model, args.revision)
     model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
-    # A token's share of a layer. Below, several threads gain less than waking them costs on a busy machine.
+    # Multiplications a token and layer. With fewer, waking several threads costs more than they gain.
     work = at_a_time * sum(weight.numel() for weight in model.layers[0].parameters())
     torch.set_num_threads(THREADS if work > 500_000 or "OMP_NUM_THREADS" in os.environ else 1)
     return model, data.Tokenizer(folder, chat=not args.no_chat)

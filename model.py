@@ -64,8 +64,8 @@ class Config:
             types = get_args(field.type) or [field.type]  # the members of a union
             if type(value) not in types:  # isinstance would take True for an int
                 raise ValueError(f"{field.name} is {value!r}")
-            # Where 0 is the default it means that the model has no such part. No size comes near its limit, and tensors
-            # of two sizes below it can be compared with the checkpoint's, which takes no memory yet.
+            # A default of 0 means that the model has no such part. Real sizes are far below the limit, and shapes made
+            # of sizes below it can be compared with the checkpoint's before any memory is allocated.
             limit = 2 ** 60 if float in types else 2 ** 24
             if type(value) in (int, float) and not 0 < value < limit and value != field.default:
                 raise ValueError(f"{field.name} {value} is out of range")
@@ -145,9 +145,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer. On a CPU it takes oneDNN for large products in float32, where nothing is to be trained.
+    """A linear layer that uses oneDNN for large float32 products on a CPU, unless gradients are needed.
 
-    torch alone would take MKL, which runs at half of oneDNN's speed on AMD's cores. But a call of oneDNN costs more.
+    By default torch uses MKL, which is half as fast as oneDNN on AMD cores. Small products stay with MKL, since a call
+    to oneDNN costs more.
     """
 
     def forward(self, x):

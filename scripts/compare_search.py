@@ -14,6 +14,7 @@ idea after the other out of it; `special` narrows the window of actions to earli
 samples: normal for a mean, Wilson for a share, Newcombe for the lift. Smaller budgets are read off the same runs.
 Sample i is searched with seeds --seed + i, --seed + 1000 + i, ... of which there are --seeds.
 """
+import argparse
 import random
 import time
 from contextlib import nullcontext
@@ -78,6 +79,7 @@ def tables(args):
 
 def parser():
     p = common.parser("compare_search", __doc__)
+    p.add_argument("--search", help=argparse.SUPPRESS)  # the rows of the table say which search
     table = p.add_argument_group("table")
     table.add_argument("--table", choices=["searches", "ablation", "special"], default="searches", metavar="NAME",
                        help="searches, ablation or special (default: %(default)s)")
