@@ -10,9 +10,8 @@ import json
 import math
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,103 +19,100 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
 
-
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmoe", "qwen2_moe", "qwen3_moe")
-ROPE_TYPES = {  # and the numbers that each needs
+ROPE_TYPES = {  # and the settings that each needs
     "default": [],
     "linear": ["factor"],
     "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
 }
-Number = float | int  # JSON may say 1 for 1.0
 
 
 @dataclass
 class Config:
-    """The part of a Hugging Face config.json that the decoder needs, under the same names, RoPE's among them.
-
-    Raises ValueError for values of another type, not positive and finite, or that do not go together.
-    """
+    """The part of a Hugging Face config.json that the decoder needs, under the same names; RoPE's settings included."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    rms_norm_eps: Number
-    num_key_value_heads: int | None = None  # None: as many as query heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    rms_norm_eps: float
+    num_key_value_heads: int = 0  # 0: as many as query heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rope_type: str = "default"
-    rope_theta: Number = 10000.0
-    factor: Number | None = None  # this and the next three: see ROPE_TYPES
-    low_freq_factor: Number | None = None
-    high_freq_factor: Number | None = None
-    original_max_position_embeddings: Number | None = None
-    clip_qkv: Number | None = None  # bound of queries, keys and values (OLMoE)
-    num_experts_per_tok: int = 0  # dense models may say 0, here and for the next two
-    moe_intermediate_size: int = 0
+    rope_theta: float = 10000.0
+    factor: float = 0.0  # this and the next three: see ROPE_TYPES
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_max_position_embeddings: float = 0.0
+    clip_qkv: float = 0.0  # bound of queries, keys and values (OLMoE); 0: none
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0  # 0: intermediate_size; also for shared experts
     shared_expert_intermediate_size: int = 0
     norm_topk_prob: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            types = get_args(field.type) or [field.type]  # the members of a union
-            if type(value) not in types:  # isinstance would take True for an int
-                raise ValueError(f"{field.name} is {value!r}")
-            # A default of 0 means that the model has no such part. Real sizes are far below the limit, and shapes made
-            # of sizes below it can be compared with the checkpoint's before any memory is allocated.
-            limit = 2 ** 60 if float in types else 2 ** 24
-            if type(value) in (int, float) and not 0 < value < limit and value != field.default:
-                raise ValueError(f"{field.name} {value} is out of range")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_key_value_heads} key/value heads for {self.num_attention_heads} query heads")
-        if self.num_attention_heads * self.head_dim >= 2 ** 24:
-            raise ValueError(f"{self.num_attention_heads} heads of {self.head_dim} are out of range")
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} has no two halves to rotate")
-        for name in ROPE_TYPES[self.rope_type]:
-            if getattr(self, name) is None:
-                raise ValueError(f"rope_type {self.rope_type} comes without {name}")
+            raise ValueError(f"head_dim {self.head_dim} does not split into the two halves of RoPE")
+        if self.num_attention_heads * self.head_dim >= 2 ** 24:
+            raise ValueError(f"{self.num_attention_heads} heads of {self.head_dim} dimensions")
 
     @classmethod
     def from_json(cls, path):
-        """Reads config.json. Raises ValueError for anything that this decoder would compute wrongly."""
-        raw = read_json(path)
-        # transformers 5 writes rope_parameters; older checkpoints hold rope_theta and rope_scaling with a "type".
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict) or raw.get("rope_scaling") not in (None, rope):
-            raise ValueError(f"{path}: rope_parameters and rope_scaling differ, or are malformed; fetch it again")
-        raw = {"hidden_act": "silu", "partial_rotary_factor": 1, **raw,
-               "rope_type": rope.get("type", "default"), **rope}
-        for name, supported in [("model_type", MODEL_TYPES), ("hidden_act", ["silu"]), ("rope_type", [*ROPE_TYPES]),
-                                ("partial_rotary_factor", [1]), ("quantization_config", [None])]:
-            if raw.get(name) not in supported:
-                raise ValueError(f"{path}: {name} {raw.get(name)!r} is not supported; take a checkpoint with "
-                                 f"{', '.join(map(str, supported))}")
+        """Reads config.json. Raises ValueError for anything that this decoder would compute incorrectly."""
         try:
-            config = cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
-            # Within its first window a sliding attention is a full one: positions end there, so it needs no other code.
-            window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
-            if window and raw.get("use_sliding_window", True):
-                config = replace(config, max_position_embeddings=min(config.max_position_embeddings, window))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not describe a decoder ({error}); fetch the checkpoint again") from None
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            # transformers 5 writes rope_parameters; older checkpoints have rope_theta, and rope_scaling with a "type".
+            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            if not isinstance(rope, dict) or raw.get("rope_scaling") not in (None, rope):
+                raise ValueError("rope_parameters and rope_scaling differ, or are malformed")
+            raw = {"hidden_act": "silu", "partial_rotary_factor": 1, **raw,
+                   "rope_type": rope.get("type", "default"), **rope}
+            for name, supported in [("model_type", MODEL_TYPES), ("hidden_act", ["silu"]),
+                                    ("rope_type", [*ROPE_TYPES]), ("partial_rotary_factor", [1]),
+                                    ("quantization_config", [None])]:
+                if raw.get(name) not in supported:
+                    raise ValueError(f"{name} {raw.get(name)!r} is not supported; use a checkpoint with "
+                                     f"{', '.join(map(str, supported))}")
+            values = {}
+            for field in fields(cls):
+                if (value := raw.get(field.name)) is not None:
+                    types = (int, float) if field.type is float else (field.type,)  # JSON may say 1 for 1.0
+                    limit = 2 ** 60 if float in types else 2 ** 24  # real sizes are far below, products fit 64 bits
+                    number = field.type in (int, float)
+                    if type(value) not in types or number and value != field.default and not 0 < value < limit:
+                        raise ValueError(f"{field.name} {value!r} is of another type or out of range")
+                    values[field.name] = value
+            if missing := [name for name in ROPE_TYPES[raw["rope_type"]] if name not in values]:
+                raise ValueError(f"rope_type {raw['rope_type']} needs {', '.join(missing)}")
+            config = cls(**values)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(f"{path} is missing; give the folder of a checkpoint in the Hugging Face "
+                                    "layout") from None
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON that describes a supported decoder ({error}); "
+                             "use another checkpoint, or fetch it again") from None
+        # Within its first window, sliding attention is full attention, so cutting the positions there is all it takes.
+        window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
+        if window and raw.get("use_sliding_window", True):
+            config.max_position_embeddings = min(config.max_position_embeddings, window)
         return config
 
 
 class KVCache:
     """Keys and values of past tokens, one slot for each step of the chain.
 
-    A looped layer reads different hidden states each time round, so its keys and values differ each time round too:
-    slot i belongs to the i-th step of the chain, whichever layer runs there. One cache serves one chain.
+    A looped layer reads different hidden states each time it runs, so its keys and values differ too: slot i belongs to
+    the i-th step of the chain, whichever layer runs there. One cache serves one chain.
 
     Attributes:
-      length, chain: number of tokens held, and the chain that they went through; `Llama.hidden` sets both, once a
-        pass, where `append` is called once a step.
-      slots: list with a pair (keys, values) for each step, each [B, key/value heads, length, head_dim].
+      length, chain: number of tokens held, and the chain that they went through; set by `Llama.hidden`.
+      slots: a pair (keys, values) for each step, each [B, key/value heads, length, head_dim].
     """
 
     def __init__(self):
@@ -126,8 +122,7 @@ class KVCache:
         """Adds the keys and values of new tokens to one slot; returns all that the slot then holds."""
         if step == len(self.slots):
             self.slots.append((k, v))
-        else:
-            # Copies the whole past for each token; a preallocated buffer would not, but answers are short.
+        else:  # copies all past tokens; a preallocated buffer would not, but answers are short
             past_k, past_v = self.slots[step]
             self.slots[step] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         return self.slots[step]
@@ -145,10 +140,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer that uses oneDNN for large float32 products on a CPU, unless gradients are needed.
+    """A linear layer that uses oneDNN for large float32 products in inference on a CPU.
 
-    By default torch uses MKL, which is half as fast as oneDNN on AMD cores. Small products stay with MKL, since a call
-    to oneDNN costs more.
+    By default torch uses MKL, which is half as fast as oneDNN on AMD cores. A call to oneDNN costs more, so small
+    products stay with MKL.
     """
 
     def forward(self, x):
@@ -159,19 +154,22 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
-@torch.inference_mode(False)  # the table is kept, and training may need it after generation made it
-def rope_table(config, length, device):
-    """cos and sin of the angle of each position, [length, head_dim] in float32 (RoPE, section 3.2.2)."""
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+def rope_table(config, start, end, like):
+    """cos and sin of the angles of positions start..end-1, each [end - start, head_dim] (RoPE, section 3.2.2).
+
+    Computed in float32, returned in the dtype and on the device of `like`.
+    """
+    half = torch.arange(0, config.head_dim, 2, device=like.device).float() / config.head_dim
+    frequency = config.rope_theta ** -half
     if config.rope_type == "linear":
         frequency = frequency / config.factor
-    elif config.rope_type == "llama3":  # slow only what turns less than a few times within the original length
+    elif config.rope_type == "llama3":  # slow down only what turns less than a few times within the original length
         turns = config.original_max_position_embeddings * frequency / (2 * math.pi)
         keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
         frequency = torch.lerp(frequency / config.factor, frequency, keep.clamp(0, 1))
-    angle = torch.outer(torch.arange(length, device=device).float(), frequency)
+    angle = torch.outer(torch.arange(start, end, device=like.device).float(), frequency)
     angle = torch.cat((angle, angle), dim=-1)  # these checkpoints pair dimension i with i + head_dim / 2
-    return angle.cos(), angle.sin()
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
 def rotate(x, cos, sin):
@@ -199,23 +197,23 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim if per_head else kv_size, config.rms_norm_eps)
 
     def heads(self, x, norm=None):
-        """[B, T, heads * head_dim] to [B, heads, T, head_dim], normalized and clipped where the model does so."""
-        if norm is not None:  # its size says whether each head is normalized by itself, or all as one
+        """[B, T, heads * head_dim] to [B, heads, T, head_dim], normalized and clipped if the model does so."""
+        if norm is not None:  # over each head or over all heads, as its size says
             x = norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
-        if self.clip is not None:
+        if self.clip:
             x = x.clamp(-self.clip, self.clip)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x, rope, mask=None, cache=None, step=None):
+    def forward(self, x, rope, cache=None, step=None):
         q = rotate(self.heads(self.q_proj(x), self.q_norm), *rope)  # [B, heads, T, head_dim]
         k = rotate(self.heads(self.k_proj(x), self.k_norm), *rope)  # [B, key/value heads, T, head_dim]
         v = self.heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.append(step, k, v)  # [B, key/value heads, past + T, head_dim]
-        # is_causal takes the first query for the first position, which is right without a past. With one, a single new
-        # token sees all keys and needs no mask; several come with a mask.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
-                                           enable_gqa=True)  # [B, heads, T, head_dim]
+        new, known, mask = q.shape[2], k.shape[2], None  # a single new token sees every key
+        if 1 < new < known:  # is_causal would take the first query for the first position
+            mask = torch.ones(new, known, dtype=torch.bool, device=x.device).tril(known - new)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < new == known, enable_gqa=True)  # like q
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -257,7 +255,7 @@ class Experts(nn.Module):
         y = torch.zeros_like(flat)
         for expert in chosen.unique().tolist():
             token, place = (chosen == expert).nonzero(as_tuple=True)
-            # A token chooses an expert once at most, so no index occurs twice, and += loses nothing.
+            # A token chooses an expert at most once, so no index occurs twice and += loses nothing.
             y[token] += self.experts[expert](flat[token]) * weights[token, place, None].to(x.dtype)
         if self.shared_expert is not None:
             y = y + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
@@ -265,10 +263,10 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """One module of a chain. It adds to the hidden states, so they survive that it is left out or applied again.
+    """One module of a chain. It adds to the hidden states, so skipping or repeating it leaves them usable.
 
     Args:
-      shapes: {name: shape} of the tensors of the checkpoint's layers, which tell what optional parts all layers have.
+      shapes: {name: shape} of the tensors of all layers, which tell what optional parts they have.
       sparse: whether the MLP of this layer is a mixture of experts.
     """
 
@@ -282,16 +280,15 @@ class Layer(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, bias="mlp.gate_proj.bias" in shapes)
 
-    def forward(self, x, rope, mask=None, cache=None, step=None):
+    def forward(self, x, rope, cache=None, step=None):
         """The hidden states after this layer.
 
         Args:
           x: hidden states [B, T, hidden_size].
           rope: cos and sin of the positions of x, each [T, head_dim].
-          mask: which tokens each token sees, bool [T, past + T]; None means all before it and itself.
-          cache, step: a KVCache and the slot in it that holds the past tokens and takes these in.
+          cache, step: a KVCache, and the slot in it that holds the past tokens and takes these in.
         """
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, step)
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, step)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -306,9 +303,9 @@ class Llama(nn.Module):
     def __init__(self, config, shapes=None):
         super().__init__()
         shapes = shapes or {}
-        self.config, self.rope = config, None  # see `rotary`
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # Taken from all layers together, so that loading refuses a layer that lacks what others have.
+        # Of all layers together, so that loading refuses a layer that lacks what others have.
         of_layers = {name.split(".", 2)[-1]: shape for name, shape in shapes.items() if name.startswith("layers.")}
         self.layers = nn.ModuleList(Layer(config, of_layers, sparse=f"layers.{i}.mlp.gate.weight" in shapes)
                                     for i in range(config.num_hidden_layers))
@@ -348,13 +345,6 @@ class Llama(nn.Module):
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
 
-    def rotary(self, start, end, like):
-        """cos and sin of positions start..end-1 in the device and dtype of the hidden states `like`."""
-        if self.rope is None or len(self.rope[0]) < end or self.rope[0].device != like.device:
-            # A power of two, or each new token would need another table.
-            self.rope = rope_table(self.config, 1 << end.bit_length(), like.device)
-        return tuple(table[start:end].to(like.dtype) for table in self.rope)
-
     def hidden(self, tokens, chain=None, cache=None):
         """Normalized last hidden states [B, T, hidden_size]; arguments as for `forward`."""
         chain = check_chain(range(len(self.layers)) if chain is None else chain, len(self.layers))
@@ -367,12 +357,9 @@ class Llama(nn.Module):
                 raise ValueError(f"this cache holds chain {list(cache.chain)}; make a new KVCache for {list(chain)}")
             cache.chain, cache.length = chain, past + new
         x = self.embed_tokens(tokens)  # [B, T, hidden_size]
-        rope = self.rotary(past, past + new, x)
-        mask = None
-        if past and new > 1:  # token i of the new ones sees positions 0 to past + i
-            mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past)
+        rope = rope_table(self.config, past, past + new, x)
         for step, layer in enumerate(chain):
-            x = self.layers[layer](x, rope, mask, cache, step)
+            x = self.layers[layer](x, rope, cache, step)
         return self.norm(x)
 
     def forward(self, tokens, chain=None, cache=None):
@@ -380,10 +367,10 @@ class Llama(nn.Module):
 
         Args:
           tokens: ids [B, T]; with a cache, only those that it does not hold yet.
-          chain: layer indices in order of application, any number of each, maybe none; None means every layer once.
+          chain: layer indices in order of application, any number of each, possibly none; None means every layer once.
           cache: a KVCache that holds the earlier tokens under this same chain, and takes these in.
         Returns logits [B, T, vocab_size].
-        Raises ValueError for a layer that the model does not have, no tokens, more tokens than it has positions, or a
+        Raises ValueError for a layer that the model does not have, no tokens, more than the model has positions, or a
         cache of another chain.
         """
         return self.lm_head(self.hidden(tokens, chain, cache))
@@ -396,7 +383,7 @@ class Llama(nn.Module):
         the model's last position. Raises ValueError as `forward` does.
         """
         cache, new = KVCache(), []
-        unread = torch.tensor([tokens], device=self.lm_head.weight.device)  # first the whole prompt (prefill)
+        unread = torch.tensor([tokens], device=self.lm_head.weight.device)  # the whole prompt (prefill)
         while len(new) < max_new_tokens:
             token = self.lm_head(self.hidden(unread, chain, cache)[0, -1]).argmax().item()
             if token in (stop or ()):
@@ -404,7 +391,7 @@ class Llama(nn.Module):
             new.append(token)
             if token in (last or ()) or cache.length == self.config.max_position_embeddings:
                 break
-            unread = unread.new_tensor([[token]])
+            unread = unread.new_tensor([[token]])  # then one token at a time (decode)
         return new
 
 
@@ -424,13 +411,15 @@ def check_positions(n_tokens, config):
                          "use a shorter prompt, such as another sample or fewer worked examples")
 
 
-HEAD_ROWS = 256  # positions that go through the head at once: their logits over a large vocabulary fill memory
+HEAD_ROWS = 256  # positions that go through the head at once: over a large vocabulary their logits fill memory
 
 
 def judge(logits, answer, stop, fused):
-    """Scores an answer by the logits [chains, len(answer) + 1, vocab_size] at the positions that predict it and a stop.
+    """(correct, promise) of an answer from the logits at the positions that predict it and, if there is one, a stop.
 
-    answer, stop and fused are id tensors as for `BatchVerifier`; without a stop there is one position less.
+    Args:
+      logits: [chains, len(answer) + 1, vocab_size]; without a stop one position less.
+      answer, stop, fused: tensors of ids, as for `TaskVerifier`.
     Returns [chains, 2]: 1 if greedy decoding writes the answer and stops, else 0; and the promise.
     """
     logits, n = logits.float(), len(answer)
@@ -440,27 +429,27 @@ def judge(logits, answer, stop, fused):
     ends, end = True, 0
     if stop is not None:
         ends, end = torch.isin(greedy[:, n], stop), logits[:, n, stop].logsumexp(-1) - total[:, n]
-    # Two ways to end: the last token and then a stop, or both in one token.
+    # There are two ways to end: the last token and then a stop, or both in one token.
     ends_at_once = torch.isin(greedy[:, n - 1], fused)
     end_at_once = logits[:, n - 1, fused].logsumexp(-1) - total[:, n - 1]
     correct = matches.all(-1) & ends | matches[:, :-1].all(-1) & ends_at_once
     promise = torch.logaddexp(tokens.sum(-1) + end, tokens[:, :-1].sum(-1) + end_at_once) / logits.shape[1]
-    # Where logits overflow there is no promise; rounding may lift it above 0.
+    # Logits that overflow give no promise; rounding may lift one above 0.
     return torch.stack((correct.float(), promise.nan_to_num(nan=-math.inf, neginf=-math.inf).clamp(max=0)), dim=-1)
 
 
-class BatchVerifier:
-    """Scores chains on several problems: would greedy decoding under the chain write the answer, and how likely is it?
+class TaskVerifier:
+    """Scores chains on several problems: does greedy decoding under the chain write the answer, and how likely is it?
 
-    One pass a chain. As in speculative decoding the answer is a draft: run on prompt + answer, a chain would have
-    written each of the answer's tokens if and only if each is the argmax after those before it. So there is no
-    decoding loop, no key/value cache, and the head runs on the answer's positions only. Problems are padded at the
+    One pass a chain. As in speculative decoding the answer is a draft: in a pass over prompt + answer, greedy decoding
+    would have written the answer if and only if each of its tokens is the argmax after those before it. So there is no
+    decoding loop and no key/value cache, and the head runs on the answer's positions only. Problems are padded at the
     end, where causal attention does not look.
 
     Shared prefixes. Chains that begin alike share their hidden states, which are kept by prefix, under a byte budget.
 
-    Wavefront. Of all chains pending, those whose next layer is the lowest go first, as one batch, while the others wait
-    and join them: layers are read once for many chains. For (0 1 2 3), (0 2 3) and (0 1 1 2):
+    Wavefront. Of all pending chains, those whose next layer is the lowest run first, as one batch, while the others
+    wait and join them: a layer's weights are read once for many chains. For (0 1 2 3), (0 2 3) and (0 1 1 2):
 
         batch          1    2           3        4                     5
         layer          0    1           1        2                     3
@@ -470,25 +459,20 @@ class BatchVerifier:
     Args:
       model: a Llama.
       problems: list of (prompt, answer, stop, fused), not empty. prompt (not empty either) and answer are token ids.
-        stop is a set of ids, one of which must follow the answer, or None if the answer is complete without. fused is
-        a set of single tokens that spell the answer's last token and a stop after it, such as ")\\n".
-      cache_mb: how many megabytes (2 ** 20 bytes) of hidden states to keep for later calls; scores do not depend
-        on it, except for rounding.
+        stop is a set of ids, one of which must follow the answer, or None if the answer is complete without. fused
+        (optional) is a set of single tokens that spell the answer's last token and a stop after it, such as ")\n".
+      cache_mb: megabytes (2 ** 20 bytes) of hidden states to keep for later calls; scores do not depend on it, except
+        for rounding.
     Attributes:
-      steps_asked: layer steps of all the chains so far, as if each was run by itself.
+      steps_asked: layer steps of all chains so far, as if each ran by itself.
       steps_run: layer steps that were run.
-    Raises ValueError for no problem, an empty prompt, more tokens than the model has positions, or a negative cache.
+    Raises ValueError for an empty prompt, or more tokens than the model has positions.
     """
 
     def __init__(self, model, problems, cache_mb=1024):
-        if cache_mb < 0:
-            raise ValueError(f"cache_mb must be 0 or more, not {cache_mb}")
-        if not problems:
-            raise ValueError("there are no problems to verify; give at least one")
         if not all(len(prompt) for prompt, *_ in problems):
             raise ValueError("the prompt has no tokens; give it at least one")
-        problems = [(*problem, ())[:4] for problem in problems]  # fused may be left out
-        self.model, self.free_bytes = model, cache_mb * 2 ** 20
+        problems = [(*problem, ())[:4] for problem in problems]
         longest = max(len(prompt) + len(answer) for prompt, answer, *_ in problems)
         check_positions(longest, model.config)
         device = model.lm_head.weight.device
@@ -500,25 +484,24 @@ class BatchVerifier:
         self.row_counts = [max(1, len(answer) + (stop is not None)) for _, answer, stop, _ in problems]
         self.rows = torch.tensor([(i, len(problems[i][0]) - 1 + row) for i, count in enumerate(self.row_counts)
                                   for row in range(count)], device=device).unbind(1)
+        self.model, self.free_bytes = model, cache_mb * 2 ** 20
         with torch.inference_mode():
             self.embedded = model.embed_tokens(tokens)  # the states of the empty prefix: [problems, T, hidden_size]
-        self.rope = model.rotary(0, longest, self.embedded)
+        self.rope = rope_table(model.config, 0, longest, self.embedded)
         self.states = OrderedDict()  # {prefix: its hidden states}, the least recently used first
         self.steps_asked = self.steps_run = 0
 
     def __call__(self, chains):
-        """A list of chains to a list of lists of bool, [chains][problems]: whether greedy decoding writes the answer.
-
-        Raises ValueError for a layer that the model does not have.
-        """
+        """A list of chains to a list of lists of bool, [chains][problems]: the first of each score."""
         return [[correct for correct, _ in scores] for scores in self.score(chains)]
 
     @torch.inference_mode()
     def score(self, chains):
         """A list of chains to a list of lists of (correct, promise), [chains][problems].
 
-        correct is as in `__call__`; promise is the mean log-probability of the answer's tokens and, where one is asked
-        for, of a stop after them. It is -inf where the logits overflow. Raises ValueError as `__call__` does.
+        correct: whether greedy decoding writes the answer and stops. promise: the mean log-probability of the answer's
+        tokens and, where one is asked for, of a stop after them; -inf where the logits overflow.
+        Raises ValueError for a layer that the model does not have.
         """
         chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
         if not chains:
@@ -534,25 +517,25 @@ class BatchVerifier:
     def run(self, chains):
         """The hidden states after each chain in the rows that the head reads, {chain: [rows, hidden_size]}."""
         self.steps_asked += sum(map(len, chains))
-        front = {chain: self.recall(chain) for chain in chains}  # {chain: (steps done, hidden states after them)}
+        pending = {chain: self.recall(chain) for chain in chains}  # {chain: (steps done, hidden states after them)}
         ends = {}
         while True:
-            for chain in [chain for chain, (steps, _) in front.items() if steps == len(chain)]:
-                ends[chain] = front.pop(chain)[1][self.rows]
-            if not front:
+            for chain in [chain for chain, (steps, _) in pending.items() if steps == len(chain)]:
+                ends[chain] = pending.pop(chain)[1][self.rows]
+            if not pending:
                 return ends
-            # The lowest: chains mostly climb, so those behind come to the layers where the others wait, and join them.
-            layer = min(chain[steps] for chain, (steps, _) in front.items())
-            batch = {chain[:steps + 1]: states for chain, (steps, states) in front.items() if chain[steps] == layer}
+            # The lowest: chains mostly climb, so those behind reach the layers where the others wait, and join them.
+            layer = min(chain[steps] for chain, (steps, _) in pending.items())
+            batch = {chain[:steps + 1]: states for chain, (steps, states) in pending.items() if chain[steps] == layer}
             self.steps_run += len(batch)
             outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(len(self.expected))
             # A clone for each prefix, or one that is kept would hold its whole batch in memory.
             after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
             for prefix, states in after.items():
                 self.keep(prefix, states)
-            for chain, (steps, _) in front.items():
+            for chain, (steps, _) in pending.items():
                 if chain[steps] == layer:
-                    front[chain] = steps + 1, after[chain[:steps + 1]]
+                    pending[chain] = steps + 1, after[chain[:steps + 1]]
 
     def recall(self, chain):
         """The longest prefix of a chain whose states are kept: its length, and the states."""
@@ -563,15 +546,15 @@ class BatchVerifier:
         return 0, self.embedded
 
     def keep(self, prefix, states):
-        """Keeps the states of a prefix; drops those used longest ago until all fit the budget."""
+        """Keeps the states of a prefix; drops the least recently used until all fit the budget."""
         self.states[prefix] = states
         self.free_bytes -= states.nbytes
         while self.free_bytes < 0:
             self.free_bytes += self.states.popitem(last=False)[1].nbytes
 
 
-class Verifier(BatchVerifier):
-    """A `BatchVerifier` of one problem, given by prompt, answer, stop and fused: one score per chain."""
+class Verifier(TaskVerifier):
+    """A `TaskVerifier` of one problem: one verdict, or one score, for each chain."""
 
     def __init__(self, model, prompt, answer, stop=None, cache_mb=1024, fused=()):
         super().__init__(model, [(prompt, answer, stop, fused)], cache_mb)
@@ -586,78 +569,60 @@ class Verifier(BatchVerifier):
 # Devices and checkpoints.
 
 def find_device(name=None):
-    """The torch.device of that name; without a name the GPU, if there is one. Raises ValueError if it is not there."""
+    """The torch.device of that name, by default the GPU if there is one. Raises ValueError if it is unavailable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        if "out of memory" in str(error):  # it is there, but full
+        if "out of memory" in str(error):  # it exists, but is full
             raise
-        there = "cpu" + " or cuda" * torch.cuda.is_available()
-        raise ValueError(f"device {str(name)!r} is not there; use {there}") from None
+        raise ValueError(f"device {str(name)!r} is unavailable; use cpu"
+                         + " or cuda" * torch.cuda.is_available()) from None
     return torch.device(name)
 
 
 def fetch(path_or_repo, revision=None):
-    """The folder of a checkpoint: the one given, or the hub's cache after fetching what is missing there."""
+    """The folder of a checkpoint: the one given, or the one in the hub's cache, after fetching what it lacks."""
     if Path(path_or_repo).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_repo)):
         if revision is not None:
-            raise ValueError(f"{path_or_repo} is no repository on the hub and has no revisions; leave --revision out")
+            raise ValueError(f"{path_or_repo} is not a repository on the hub and has no revisions; omit --revision")
         return Path(path_or_repo)
     # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
     return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "chat_template.jinja", "model.safetensors.index.json", "model*.safetensors"]))
-
-
-def read_json(path):
-    """The object in a JSON file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give the folder of a checkpoint in the Hugging Face layout")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch the checkpoint again")
-    return content
-
-
-def weight_files(path):
-    """The checkpoint's safetensors files: those that the index names, or the single one."""
-    files, index = ["model.safetensors"], path / "model.safetensors.index.json"
-    if index.exists():
-        file_of = read_json(index).get("weight_map")  # {name: file}
-        if not isinstance(file_of, dict) or not file_of:
-            raise ValueError(f"{index} has no weight_map; fetch the checkpoint again")
-        files = sorted(set(map(str, file_of.values())))
-    for file in files:
-        if Path(file).name != file or not (path / file).is_file():
-            raise FileNotFoundError(f"{path / file} is missing; a checkpoint needs its weights as safetensors")
-    return [path / file for file in files]
+        "chat_template.jinja", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]))
 
 
 def open_weights(path):
-    """The checkpoint's tensors, not read yet: {name, less the leading "model.": entry with the shape and dtype}."""
+    """The checkpoint's tensors, not read yet: {name, without the leading "model.": slice with shape and dtype}."""
     stored = {}
     for file in weight_files(path):
         try:
             tensors = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
+            raise ValueError(f"{file} is not a complete safetensors file ({error}); fetch it again") from None
         for name in tensors.keys():
             if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what follows from the config
                 stored[name.removeprefix("model.")] = tensors.get_slice(name)
     return stored
 
 
+def weight_files(path):
+    """The checkpoint's safetensors files: a single one, or several numbered ones."""
+    files = sorted(path.glob("model.safetensors")) or sorted(path.glob("model-*-of-*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{path / 'model.safetensors'} is missing; a checkpoint needs its weights as "
+                                "safetensors")
+    return files
+
+
 def read_tensor(path, name, entry, device, dtype):
     """The tensor of an entry. Raises ValueError if it is quantized, or if it holds NaN or infinity in this dtype."""
     if entry.get_dtype() not in ("F32", "BF16", "F16"):
-        raise ValueError(f"{path}: tensor {name} is {entry.get_dtype()}; quantized weights are not supported, take "
+        raise ValueError(f"{path}: tensor {name} is {entry.get_dtype()}; quantized weights are not supported, use "
                          "another checkpoint")
     tensor = entry[:].to(device, dtype)
     if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN spreads to both
-        raise ValueError(f"{path}: tensor {name} holds NaN or infinity as {str(dtype).removeprefix('torch.')}; take "
+        raise ValueError(f"{path}: tensor {name} holds NaN or infinity as {str(dtype).removeprefix('torch.')}; use "
                          "another --dtype, or fetch the checkpoint again")
     return tensor

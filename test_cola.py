@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 import data
 import mcts
-from model import BatchVerifier, Config, KVCache, Linear, Llama, Verifier, find_device
+from model import TaskVerifier, Config, KVCache, Linear, Llama, Verifier, find_device
 from scripts import bench, common, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
 from scripts.train_tiny import save_tensors
 
@@ -140,7 +140,7 @@ def test_what_a_model_cannot_run_is_refused():
     with pytest.raises(ValueError, match="no tokens"):
         Verifier(model, [], [2])
     with pytest.raises(ValueError, match="no problems"):
-        BatchVerifier(model, [])
+        TaskVerifier(model, [])
 
 
 def test_a_verdict_is_generate_and_exact_match(tiny):
@@ -196,10 +196,10 @@ def test_logits_are_computed_in_slices(monkeypatch):
     model, rows = random_model(), []
     problems = [([1, 2, 3], [4] * n, {5}) for n in (1, 2, 7)]
     chains = [tuple(chain) for chain in chains_of(5)]
-    expected = BatchVerifier(model, problems).score(chains)
+    expected = TaskVerifier(model, problems).score(chains)
     model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].flatten(0, -2).shape[0]))
     monkeypatch.setattr("model.HEAD_ROWS", 8)
-    assert BatchVerifier(model, problems).score(chains) == [
+    assert TaskVerifier(model, problems).score(chains) == [
         [(correct, pytest.approx(promise, rel=1e-5)) for correct, promise in scores] for scores in expected]
     assert max(rows) == 8 and sum(rows) == len(chains) * (2 + 3 + 8)
 
@@ -223,7 +223,7 @@ def test_an_answer_without_stop_is_complete_as_it_stands():
         answer = model.generate([7, 8, 9], chain, max_new_tokens=2)
         end = model.generate([7, 8, 9], chain, max_new_tokens=3)[2]
         assert Verifier(model, [7, 8, 9], answer)([chain]) == [True]
-        assert BatchVerifier(model, [((7, 8, 9), tuple(answer), None)])([chain]) == [[True]]
+        assert TaskVerifier(model, [((7, 8, 9), tuple(answer), None)])([chain]) == [[True]]
         assert Verifier(model, [7, 8, 9], answer, stop={end})([chain]) == [True]
         assert Verifier(model, [7, 8, 9], answer, stop={end + 1})([chain]) == [False]
         assert Verifier(model, [7, 8, 9], [answer[0], answer[1] + 1])([chain]) == [False]
@@ -260,7 +260,7 @@ def test_verdicts_with_every_shortcut_on_and_off_are_those_of_the_plain_computat
     assert 3 < sum(map(sum, expected)) < len(chains)
     products.clear()
     with torch.backends.mkldnn.flags(enabled=shortcuts.get("one_dnn", True)):
-        verify = BatchVerifier(model, problems, shortcuts.get("cache_mb", 100))
+        verify = TaskVerifier(model, problems, shortcuts.get("cache_mb", 100))
         groups = [[chain] for chain in chains] if "alone" in shortcuts else [chains[:9], chains[9:]]
         assert [verdicts for group in groups for verdicts in verify(group)] == expected
     assert any(products) == (shortcuts.get("one_dnn", True) and torch.backends.mkldnn.is_available())
@@ -278,7 +278,7 @@ def test_every_prefix_is_run_once():
 
 
 def test_the_lowest_pending_layer_runs_first_and_as_one_batch():
-    """The example of BatchVerifier's docstring."""
+    """The example of TaskVerifier's docstring."""
     model, batches = random_model(4), []
     for i, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(lambda _, inputs, i=i: batches.append((i, len(inputs[0]))))
@@ -453,7 +453,7 @@ def test_promise_equals_transformers(dtype, tmp_path):
     for answer in [], [8], [9, 10, 11, 12]:
         problems += [(prompt, answer, {1, 2, 3}), (prompt, answer, None)][:1 + bool(answer)]
     chains = [tuple(chain) for chain in chains_of(5)]
-    together = BatchVerifier(model, problems).score(chains)
+    together = TaskVerifier(model, problems).score(chains)
     for i, (_, answer, stop) in enumerate(problems):
         alone = Verifier(model, prompt, answer, stop).score(chains)
         for chain, scores, (correct, promise) in zip(chains, together, alone, strict=True):
@@ -1718,13 +1718,13 @@ def test_a_neighbour_that_is_too_long_is_left_out(tmp_path):
 
 
 def test_a_study_holds_the_hidden_states_of_one_verifier_at_a_time(tmp_path, monkeypatch):
-    alive, keep, held = weakref.WeakSet(), BatchVerifier.keep, []
+    alive, keep, held = weakref.WeakSet(), TaskVerifier.keep, []
 
     def watched(self, prefix, states):
         alive.add(self)
         keep(self, prefix, states)
         held.append(sum(state.nbytes for verify in alive for state in verify.states.values()))
-    monkeypatch.setattr(BatchVerifier, "keep", watched)
+    monkeypatch.setattr(TaskVerifier, "keep", watched)
     run_study(tmp_path / "a.jsonl", "--samples", "0:8", "--cache-mb", "1", "--simulations", "60")
     lines = lines_of(tmp_path / "a.jsonl")
     assert any(line["decoy"] for line in lines) and 0.9 * 2 ** 20 < max(held) <= 2 ** 20
@@ -1968,13 +1968,13 @@ def test_a_batch_of_problems_gets_the_verdicts_of_each_alone(tiny):
     rng = random.Random(0)
     chains = [tuple(range(12)), (), *(random_chain(rng, 12) for _ in range(40))]
     alone = [Verifier(model, *problem)(chains) for problem in asked]
-    verdicts = BatchVerifier(model, asked)(chains)
+    verdicts = TaskVerifier(model, asked)(chains)
     assert verdicts == [[of_problem[i] for of_problem in alone] for i in range(len(chains))]
     assert 100 < sum(map(sum, verdicts)) < 700 and len({len(prompt) for prompt, _, _ in asked}) > 3
 
 
 class Answers:
-    """Stands in for a BatchVerifier: chain (n, ...) answers the first n problems right."""
+    """Stands in for a TaskVerifier: chain (n, ...) answers the first n problems right."""
 
     def __init__(self, first, size):
         self.problems, self.runs = range(first, first + size), []

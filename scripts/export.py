@@ -16,7 +16,7 @@ import cola  # before torch, as it silences a warning
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from model import Config, fetch, read_json, weight_files
+from model import Config, fetch, weight_files
 from scripts.train_tiny import save_tensors
 
 LAYER = re.compile(r"((?:model\.)?layers\.)(\d+)(\..+)")
@@ -103,7 +103,8 @@ def export(model, chain, out, revision=None, note=""):
     Raises ValueError or OSError with one line that says what to do.
     """
     folder = source(model, revision)
-    config, raw = Config.from_json(folder / "config.json"), read_json(folder / "config.json")
+    config = Config.from_json(folder / "config.json")
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers, chain = config.num_hidden_layers, cola.parse_chain(chain, config.num_hidden_layers)
     if not chain:
         raise ValueError("other programs cannot run a model without layers; give --chain at least one")

@@ -21,7 +21,7 @@ import cola  # before torch, as it silences a warning
 from tqdm import tqdm
 
 import data
-from model import BatchVerifier
+from model import TaskVerifier
 from scripts import common
 from scripts.export import export, new_folder, source
 
@@ -30,7 +30,7 @@ ROWS = 6  # chains of the front in the table, at most
 
 
 def verifiers(model, tokenizer, problems, samples, cache_mb):
-    """A BatchVerifier for each part of the samples, which are ids. Raises ValueError that names one that cannot run."""
+    """A TaskVerifier for each part of the samples, which are ids. Raises ValueError that names one that cannot run."""
     asked = []
     for i in samples:
         try:
@@ -39,7 +39,7 @@ def verifiers(model, tokenizer, problems, samples, cache_mb):
             raise ValueError(f"sample {i}: {error}") from None
         asked.append((sample.prompt, sample.target, sample.stop, sample.fused))
     parts = [asked[i:i + PART] for i in range(0, len(asked), PART)]
-    return [BatchVerifier(model, part, cache_mb // len(parts)) for part in parts]
+    return [TaskVerifier(model, part, cache_mb // len(parts)) for part in parts]
 
 
 class Score:
