@@ -267,7 +267,7 @@ def search_chain(args, sample):
             return scores
         result = search(args, score, n_layers, args.seed)
     seconds = time.perf_counter() - start
-    right = result.right()
+    right = result.correct()
     say("search", f"{len(result.evaluated)} chains evaluated, {len(right)} right, in {seconds:.2f} s, "
                   f"{len(result.evaluated) / seconds:.1f} chains/s\n"
                   f"{sample.verify.steps_run} layer steps run for the {sample.verify.steps_asked} of all these chains")

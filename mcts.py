@@ -1,18 +1,19 @@
 """Monte Carlo Tree Search for a chain of layers: UCT over "append a layer" and "stop".
 
 A node of the tree is a prefix of a chain. After a prefix whose last layer is l, the actions are to append a layer from
-l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. Appending l + 1 goes on to the next layer,
-a lower one loops, a higher one skips; stopping before the last layer is an early exit. The policy, which gives the
-tree its priors and draws the rollouts, is a table of transitions counted in the elite, the most valuable chains so far:
-after a layer it does what elite chains do next, and now and then something close to it. A wrong chain that comes with
-a promise is worth exp(promise), the geometric mean of the probabilities that it gives to the answer's tokens.
+l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. Appending l + 1 continues with the next
+layer, a lower one loops, a higher one skips; stopping before the last layer is an early exit.
 
-References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT, Silver et al. 2016.
+The policy provides the tree's priors and the rollouts. It is a table of transitions counted in the elite, the most
+valuable chains so far: after a layer it does what elite chains do next, and occasionally something close to that.
+
+References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT, Silver et al. 2016 (AlphaGo).
 CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours builds them layer by layer.
 """
 import math
 import random
 from bisect import bisect
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 from heapq import nlargest
@@ -20,11 +21,11 @@ from itertools import accumulate, pairwise
 from numbers import Real
 
 ELITE = 16  # chains in the elite
-SHARPNESS = 3  # the elite's transitions are weighted by the worth of their chains to this power
-DEPARTURES = 1.0  # how often the policy leaves the elite's transitions, in n_layers steps
+SHARPNESS = 3  # an elite chain's transitions weigh its worth to this power
+DEPARTURES = 1.0  # how often the policy departs from the elite's transitions, in n_layers steps
 LOOP = 0.3  # the share of departures that loop; the others skip or stop
-TRIES = 10  # rollouts from a node, until one gives a new chain
-MATURE = 8  # visits from which a node chooses among its children: the mean of fewer values says little
+TRIES = 10  # rollouts from a node until one gives a new chain
+MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 
 
 @dataclass
@@ -32,9 +33,9 @@ class Result:
     """What a search found.
 
     Attributes:
-      evaluated: {chain: score} in order of evaluation, the full-depth chain first; of a pair the first member.
+      evaluated: {chain: score} in order of evaluation, the full-depth chain first.
       n_layers, depth_penalty: as given to `search`.
-      promises: {chain: promise}, where scores are pairs.
+      promises: {chain: promise}, for scores that come with one.
     """
     evaluated: dict
     n_layers: int
@@ -45,38 +46,39 @@ class Result:
         """Score - depth_penalty * depth / n_layers."""
         return self.evaluated[chain] - self.depth_penalty * len(chain) / self.n_layers
 
-    def right(self):
+    def correct(self):
         """The chains with score > 0 by reward, highest first; ties: shorter first, then earlier."""
-        right = [chain for chain, score in self.evaluated.items() if score > 0]
-        return sorted(right, key=lambda chain: (-self.reward(chain), len(chain)))
+        correct = [chain for chain, score in self.evaluated.items() if score > 0]
+        return sorted(correct, key=lambda chain: (-self.reward(chain), len(chain)))
 
     @property
     def best(self):
-        """The first of `right()` (for a bool score: the shortest correct chain), or None."""
-        return next(iter(self.right()), None)
+        """The first of `correct()` (for a bool score: the shortest correct chain), or None."""
+        return next(iter(self.correct()), None)
 
 
 class Node:
-    """A prefix of a chain or, below the action stop, a complete chain; closed once all chains below are evaluated."""
+    """A prefix of a chain or, after the action stop, a complete chain; closed once all chains below are evaluated."""
 
     def __init__(self):
-        self.children, self.visits, self.value, self.closed = {}, 0, 0.0, False  # value: the sum over all visits
+        self.children, self.visits, self.value, self.closed = {}, 0, 0.0, False  # value: sum over all visits
+
+    def bound(self, action, prior, exploration):
+        """The upper confidence bound of an action: Q + c * P * sqrt(N) / (1 + n), the PUCT formula of [2].
+
+        N and n count the visits of this node and of the child. Q is the mean value of the child or, if it does not
+        exist yet, of this node.
+        """
+        child = self.children.get(action)
+        n, q = (child.visits, child.value / child.visits) if child else (0, self.value / self.visits)
+        return q + exploration * prior * math.sqrt(self.visits) / (1 + n)
 
     def select(self, priors, exploration):
-        """The action of highest upper confidence bound Q + c * prior * sqrt(visits) / (1 + child's visits).
-
-        Q is the mean value of the child or, before its first visit, of this node. `priors` is sorted, highest first.
-        """
-        width, best, highest = exploration * math.sqrt(self.visits), None, -math.inf
-        untried = next((action for action in priors if action not in self.children), None)
-        if untried is not None:  # the most likely one: of these it has the highest bound
-            best, highest = untried, self.value / self.visits + width * priors[untried]
-        for action, child in self.children.items():
-            if not child.closed:
-                bound = child.value / child.visits + width * priors[action] / (1 + child.visits)
-                if bound > highest:
-                    best, highest = action, bound
-        return best
+        """The action with the highest bound, or None if all are closed. `priors` lists the most likely action first."""
+        untried = next((action for action in priors if action not in self.children), None)  # the highest bound of these
+        actions = [action for action, child in self.children.items() if not child.closed]
+        actions = [untried, *actions] if untried is not None else actions
+        return max(actions, key=lambda action: self.bound(action, priors[action], exploration), default=None)
 
 
 @cache
@@ -93,10 +95,10 @@ class Search:
     """The tree, the policy and the result of one search; arguments as for `search`. An action is a layer or `stop`.
 
     Attributes:
-      best: the correct chain of highest reward so far, or None.
-      limit: the depth beyond which not even a full score would make a chain the best (branch and bound).
-      elite: the ELITE chains of highest value among those that are no deeper than `limit` + 1.
-      table: {layer: {action: weight}}, counted in the elite; -1 is the beginning.
+      best: the correct chain with the highest reward so far, or None.
+      limit: the depth beyond which not even a full score would beat `best` (branch and bound).
+      elite: the ELITE chains of highest value that are no deeper than `limit` + 1.
+      table: {layer: {action: weight}}, counted in the elite; -1 is the beginning of a chain.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, learn, promise):
@@ -104,59 +106,59 @@ class Search:
         self.learn, self.promise, self.rng = learn, promise, random.Random(seed)
         self.stop = n_layers  # as if it were the layer after the last
         self.result, self.root, self.limit = Result({}, n_layers, depth_penalty), Node(), 2 * n_layers
-        self.best, self.elite, self.departure = None, [], min(0.5, DEPARTURES / n_layers)
-        self.table, self.sums, self.known_priors = {}, {}, {}
-
-    def window(self, last):
-        """The layers that may be appended after the layer `last` (-1 before the first)."""
-        return range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
+        self.best, self.elite, self.table, self.policies = None, [], {}, {}
 
     def worth(self, chain):
-        """The score; exp(promise) if the chain is wrong."""
+        """The score or, for a wrong chain, exp(promise): the geometric mean of the answer tokens' probabilities."""
         return self.result.evaluated[chain] or math.exp(self.result.promises.get(chain, -math.inf))
 
     def value(self, chain):
         """What a chain backs up: its reward, with its worth in place of the score."""
         return self.result.reward(chain) - self.result.evaluated[chain] + self.worth(chain)
 
-    def take(self, scores):
-        """Records {chain: (score, promise)} and learns from it."""
+    def record(self, chain, score, promise):
+        """Adds a chain to the result; a new best one lowers the limit."""
         reward, penalty, n = self.result.reward, self.result.depth_penalty, self.n_layers
-        for chain, (number, promise) in scores.items():
-            self.result.evaluated[chain] = number
-            if promise is not None and self.promise:
-                self.result.promises[chain] = promise
-            if number > 0 and self.learn and (self.best is None or reward(chain) > reward(self.best)):
-                self.best = chain
-                if penalty:  # less than the depth at which a full score has the reward of the best
-                    self.limit = math.ceil(min(2 * n + 1, (1 - reward(chain)) * n / penalty - 1e-6)) - 1
-        shallow = [chain for chain in [*self.elite, *scores] if len(chain) <= self.limit + 1]
+        self.result.evaluated[chain] = score
+        if promise is not None and self.promise:
+            self.result.promises[chain] = promise
+        if score > 0 and self.learn and (self.best is None or reward(chain) > reward(self.best)):
+            self.best = chain
+            if penalty:  # less than the depth at which a full score has the reward of the best
+                self.limit = math.ceil(min(2 * n + 1, (1 - reward(chain)) * n / penalty - 1e-6)) - 1
+
+    def update_policy(self, chains):
+        """Counts the elite's transitions anew, now that these chains are evaluated."""
+        shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
         self.elite = nlargest(ELITE, shallow, key=self.value) if self.learn else []
-        self.table, self.known_priors = {}, {}
+        self.table, self.policies = {}, {}
         for chain in self.elite:
             if weight := self.worth(chain) ** SHARPNESS:
                 for last, action in pairwise((-1, *chain, self.stop)):
-                    row = self.table.setdefault(last, {})
-                    row[action] = row.get(action, 0) + weight
-        self.sums = {last: [*accumulate(row.values())] for last, row in self.table.items()}
+                    self.table.setdefault(last, defaultdict(float))[action] += weight
 
-    def priors(self, last):
-        """The policy after a layer: {action: probability}, most likely first."""
-        if last not in self.known_priors:
-            row, priors = self.table.get(last, {last + 1: 1}), {}
+    def policy(self, last):
+        """The policy after a layer (-1: at the beginning): {action: probability}, most likely first.
+
+        Its actions and their cumulative probabilities, for drawing, come with it.
+        """
+        if last not in self.policies:
+            row, departure = self.table.get(last, {last + 1: 1}), min(0.5, DEPARTURES / self.n_layers)
+            window = range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
+            total, priors = sum(row.values()), defaultdict(float)
             for usual, weight in row.items():
-                share = weight / sum(row.values())
-                priors[usual] = priors.get(usual, 0) + share * (1 - self.departure)
-                for action, probability in departures(usual, (*self.window(last), self.stop), LOOP).items():
-                    priors[action] = priors.get(action, 0) + share * self.departure * probability
-            self.known_priors[last] = dict(sorted(priors.items(), key=lambda item: -item[1]))
-        return self.known_priors[last]
+                priors[usual] += weight / total * (1 - departure)
+                for action, probability in departures(usual, (*window, self.stop), LOOP).items():
+                    priors[action] += weight / total * departure * probability
+            priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
+            self.policies[last] = priors, [*priors], [*accumulate(priors.values())]
+        return self.policies[last]
 
     def select(self):
-        """Walks down the tree and adds the first new node: the nodes on the way, and their actions."""
+        """Walks down the tree and expands it by one node: the nodes on the way, and their actions."""
         path, actions = [self.root], ()
         while self.learn and path[-1].visits >= MATURE and not path[-1].closed:
-            action = path[-1].select(self.priors(actions[-1] if actions else -1), self.exploration)
+            action = path[-1].select(self.policy(actions[-1] if actions else -1)[0], self.exploration)
             if action is None:
                 path[-1].closed = True
             else:
@@ -174,21 +176,14 @@ class Search:
         for _ in range(TRIES):
             chain, last = [*actions], actions[-1] if actions else -1
             while last != self.stop and len(chain) <= self.limit:
-                row, sums = self.table.get(last, (last + 1,)), self.sums.get(last, (1,))
-                action = [*row][bisect(sums, self.rng.random() * sums[-1], 0, len(sums) - 1)]
-                if self.rng.random() < self.departure:
-                    others = departures(action, (*self.window(last), self.stop), LOOP)
-                    action, = self.rng.choices([*others], [*others.values()])
-                chain.append(last := action)
+                _, choices, cumulative = self.policy(last)
+                last = choices[bisect(cumulative, self.rng.random(), hi=len(choices) - 1)]
+                chain.append(last)
             chain = tuple(chain[:-1])
             known = chain in self.result.evaluated or chain in pending
             if last == self.stop and len(chain) <= self.limit and not known:
                 return chain
         return None
-
-    def back_up(self, path, value):
-        for node in path:
-            node.value += value
 
 
 def split(chain, score):
@@ -202,6 +197,11 @@ def split(chain, score):
                      "promise, a log-probability")
 
 
+def back_up(path, value):
+    for node in path:
+        node.value += value
+
+
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
            batch=8, learn=True, promise=True):
     """Searches for a chain of high reward; returns a Result.
@@ -209,12 +209,12 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
     Args:
       score: callable, a list of chains (tuples of layer indices) to a list of numbers in [0, 1] (a bool is one), or of
         pairs of such a number and a promise, the mean log-probability of the correct answer's tokens.
-      simulations: how many distinct chains to evaluate, the full-depth chain first; fewer if there are no more.
+      simulations: distinct chains to evaluate, the full-depth chain first; fewer if there are no more.
       seed: the same seed, batch and scores give the same result.
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back; depth is 2 * n_layers at most.
-      batch: how many chains to score at a time. One that waits to be scored counts as a visit of value 0.
+      batch: chains to score at a time; a pending one counts as a visit of value 0.
       learn, promise: two controls; False draws chains around the full-depth chain without a tree, or ignores promises.
     Raises ValueError for a number out of range, and for scores that are malformed or not one for each chain.
     """
@@ -231,9 +231,11 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         if len(scores) != len(pending):
             first = list(next(iter(pending)))
             raise ValueError(f"{len(scores)} scores for the {len(pending)} chains from {first} on; return one for each")
-        state.take({chain: split(chain, got) for chain, got in zip(pending, scores)})
+        for chain, chain_score in zip(pending, scores):
+            state.record(chain, *split(chain, chain_score))
+        state.update_policy(pending)
         for chain, path in pending.items():
-            state.back_up(path, state.value(chain))
+            back_up(path, state.value(chain))
         pending, fruitless = {}, 0
         while len(pending) < min(batch, simulations - len(state.result.evaluated)):
             if state.root.closed and not pending and state.limit < 2 * n_layers:
@@ -246,5 +248,5 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                 pending[chain] = path
             else:
                 fruitless += 1
-                state.back_up(path, -depth_penalty * state.limit / n_layers)  # the lowest value there is
+                back_up(path, -depth_penalty * state.limit / n_layers)  # the lowest value there is
     return state.result

@@ -683,7 +683,7 @@ def test_best_has_the_highest_reward_among_right_chains():
     assert mcts.Result(scores, n_layers=4, depth_penalty=2.0).best == (0, 1)
     assert mcts.Result({(0, 1): 0}, n_layers=2, depth_penalty=0.2).best is None
     assert mcts.Result({(0, 1): 0.1}, n_layers=2, depth_penalty=0.2).best == (0, 1)
-    assert mcts.Result({(0, 1): 1, (1,): 1, (0,): 1}, n_layers=2, depth_penalty=0).right() == [(1,), (0,), (0, 1)]
+    assert mcts.Result({(0, 1): 1, (1,): 1, (0,): 1}, n_layers=2, depth_penalty=0).correct() == [(1,), (0,), (0, 1)]
 
 
 # data.py
@@ -1308,7 +1308,7 @@ def test_command_says_plainly_when_nothing_was_found(capsys, tmp_path):
 def test_best_chains_that_generation_does_not_confirm_are_discarded(tiny, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(Verifier, "score", lambda self, chains: [(True, -0.1)] * len(chains))
     sample = cola.Sample(*tiny, data.load("arithmetic")[0])
-    right = mcts.search(sample.verify.score, 12, 40).right()
+    right = mcts.search(sample.verify.score, 12, 40).correct()
     discarded = [sample.answer(chain)[1] for chain in right].index(True)
     out = run_main(capsys, "--sample-id", 0, "--simulations", 40, "--device", "cpu")[1]
     assert f"chain     {cola.format_chain(right[discarded])}\n" in out and discarded > 0

@@ -77,7 +77,7 @@ def search(args, model, tokenizer, problem, seed):
     prediction, full_right = sample.answer(full)
     result = cola.search(args, sample.verify.score, len(full), seed)
     result.evaluated[full] = full_right  # plain generation has the last word, on this chain and on the best one
-    for best in result.right():
+    for best in result.correct():
         text, right = sample.answer(best)
         if right:
             return prediction, result.evaluated, best, text
