@@ -1,11 +1,11 @@
-"""Find a chain of layers that answers one sample right, and as short as can be.
+"""Find the shortest chain of layers with which a model answers one sample correctly.
 
     python cola.py --sample-id 12
     python cola.py --sample-id 12 --chain 0-5,5,8-11
     python cola.py --sample-id 3 --model path/to/checkpoint --dataset path/to/arc_easy.jsonl
 
 Follows CoLa (arXiv 2507.07996): the layers of a pretrained LLM are modules that may be skipped, looped and
-reordered for each input, with no training. Layers are numbered from 0; a chain reads like 0-5,5,8-11.
+reordered for each input, without training. Layers are numbered from 0; a chain is written 0-5,5,8-11.
 """
 import argparse
 import math
@@ -15,9 +15,9 @@ import time
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch mentions it, nothing here needs it
-# How long torch's threads spin while they wait for one another, before they sleep; read when torch is imported. The
-# default is milliseconds: on a busy machine they keep the thread that they wait for from running.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch warns, but nothing here needs it
+# How long torch's threads spin, when they wait for one another, before they sleep; read when torch is imported. The
+# default is milliseconds: on a busy machine they keep the very thread that they wait for from running.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 try:
     import torch
@@ -32,12 +32,12 @@ except KeyboardInterrupt:  # importing torch takes seconds
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
-THREADS = torch.get_num_threads()  # OMP_NUM_THREADS, or one a core
+THREADS = torch.get_num_threads()  # OMP_NUM_THREADS, or one per core
 TINY = Path(__file__).resolve().parent / "tiny"  # the embedded checkpoint
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows its description as it is written, and complains in one line."""
+    """An ArgumentParser that keeps the line breaks of its description, and reports an error in one line."""
 
     def __init__(self, prog, description, **settings):
         super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,13 +48,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least, number=int):
-    """The type of an argument that is a number, `least` or more."""
+    """The type of a numeric argument that must be `least` or more."""
     def parse(text):
         value = number(text)
         if not least <= value < math.inf:
             raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
         return value
-    parse.__name__ = number.__name__  # which argparse tells where the text is no number
+    parse.__name__ = number.__name__  # argparse names it if the text is not a number
     return parse
 
 
@@ -62,7 +62,7 @@ def parser():
     p = Parser("cola.py", __doc__, usage="%(prog)s --sample-id N [options]")
     sample = p.add_argument_group("sample")
     sample.add_argument("--sample-id", type=int, required=True, metavar="N", help="position in the dataset, from 0")
-    sample.add_argument("--chain", metavar="LAYERS", help="do not search, run this chain, such as 0-5,5,8-11")
+    sample.add_argument("--chain", metavar="LAYERS", help="run this chain instead of searching, such as 0-5,5,8-11")
     add_problem_arguments(p)
     add_model_arguments(p)
     add_search_arguments(p)
@@ -70,7 +70,7 @@ def parser():
 
 
 def add_problem_arguments(p):
-    """What `data.load` is asked for, here and in scripts."""
+    """The arguments of `data.load`, for cola.py and the scripts."""
     problems = p.add_argument_group("problems")
     problems.add_argument("--dataset", default="arithmetic", metavar="NAME",
                           help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
@@ -81,55 +81,55 @@ def add_problem_arguments(p):
 
 
 def add_model_arguments(p):
-    """What `load_checkpoint` and `Sample` are asked for, here and in scripts."""
+    """The arguments of `load_checkpoint` and `Sample`, for cola.py and the scripts."""
     model = p.add_argument_group("model")
     model.add_argument("--model", default="tiny", metavar="NAME",
-                       help="a checkpoint's folder, or its org/name on the hub (default: the embedded tiny)")
+                       help="a checkpoint folder, or an org/name on the hub (default: the embedded tiny)")
     model.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)")
-    model.add_argument("--no-chat", action="store_true", help="give a chat model the plain prompt of a base model")
+    model.add_argument("--no-chat", action="store_true", help="prompt a chat model like a base model")
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], metavar="NAME",
                        help="float32, bfloat16 or float16 (default: bfloat16 on cuda, float32 on cpu)")
     model.add_argument("--cache-mb", type=at_least(0), default=1024, metavar="N",
-                       help="megabytes of hidden states to keep from chain to chain (default: %(default)s)")
+                       help="megabytes of hidden states to share between chains (default: %(default)s)")
 
 
 def add_search_arguments(p):
-    """What `search` is asked for, here and in scripts."""
+    """The arguments of `search`, for cola.py and the scripts."""
     search = p.add_argument_group("search")
     search.add_argument("--search", choices=["uct", "blind", "random"], default="uct", metavar="NAME",
-                        help="uct, or a control: blind is not told how near wrong chains come, random draws chains "
-                             "around the full-depth chain (default: uct)")
+                        help="uct, or a control: blind ignores how likely wrong chains make the answer, random draws "
+                             "chains around the full-depth chain (default: uct)")
     search.add_argument("--simulations", type=at_least(1), default=200, metavar="N",
                         help="distinct chains to evaluate (default: %(default)s)")
     search.add_argument("--depth-penalty", type=at_least(0, float), default=0.2, metavar="X",
-                        help="what the full depth costs; a right answer is worth 1 (default: %(default)s)")
+                        help="what the full depth costs; a correct answer is worth 1 (default: %(default)s)")
     search.add_argument("--exploration", type=at_least(0, float), default=8.0, metavar="C",
-                        help="constant of the upper confidence bound (default: %(default)s)")
+                        help="constant c of the upper confidence bound (default: %(default)s)")
     search.add_argument("--max-skip", type=at_least(0), metavar="N",
-                        help="layers that one step may skip (default: any number)")
+                        help="layers that a step may skip (default: any number)")
     search.add_argument("--max-loop", type=at_least(0), default=4, metavar="N",
-                        help="layers that one step may go back (default: %(default)s)")
+                        help="layers that a step may go back (default: %(default)s)")
     search.add_argument("--batch", type=at_least(1), default=8, metavar="N",
                         help="chains to verify at a time (default: %(default)s)")
-    search.add_argument("--seed", type=int, default=0, metavar="N", help="of all random draws (default: %(default)s)")
+    search.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
 
 
 def load_checkpoint(args, at_a_time=1):
-    """The model and its tokenizer; sets torch's threads for running that many problems at a time.
+    """The model and its tokenizer; also sets the number of threads that suits running that many problems at a time.
 
     Raises ValueError or OSError with one line that says what to do.
     """
     folder = fetch(TINY if args.model == "tiny" else args.model, args.revision)
     model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
-    # Multiplications a token and layer. With fewer, waking several threads costs more than they gain.
+    # Multiplications per token and layer. Below 500,000, waking several threads costs more than they gain.
     work = at_a_time * sum(weight.numel() for weight in model.layers[0].parameters())
     torch.set_num_threads(THREADS if work > 500_000 or "OMP_NUM_THREADS" in os.environ else 1)
     return model, data.Tokenizer(folder, chat=not args.no_chat)
 
 
 def parse_chain(text, n_layers):
-    """"0-5,5,8-11" to a tuple of layers; an empty text is the empty chain. Raises ValueError for any other form."""
+    """"0-5,5,8-11" as a tuple of layers; an empty text is the empty chain. Raises ValueError if malformed."""
     chain = []
     for part in text.split(",") if text.strip() else []:
         first, dash, last = map(str.strip, part.partition("-"))
@@ -149,7 +149,7 @@ def format_chain(chain):
 
 
 def runs(chain, joined):
-    """Cuts a chain into runs of neighbours that are `joined`."""
+    """Splits a chain into runs in which all neighbours are `joined`."""
     out = []
     for layer in chain:
         if not (out and joined(out[-1][-1], layer)):
@@ -159,7 +159,7 @@ def runs(chain, joined):
 
 
 def draw(chain, n_layers):
-    """A chain as lines of text: one line each time it goes forward, "." for a layer jumped over, "x" for one cut off.
+    """A chain as lines of text, one for each pass forward: "." is a skipped layer, "x" one cut off at the end.
 
         layers   0 1 2 3 4 5
         first    0 1 . 3
@@ -179,25 +179,25 @@ def draw(chain, n_layers):
 
 
 def explain(chain, n_layers):
-    """What a chain does to the layers, in words."""
+    """What a chain does, in words."""
     top = max(chain, default=-1)
     late = [layer for i, layer in enumerate(chain) if layer not in chain[:i] and layer < max(chain[:i], default=0)]
-    said = [("skips", [layer for layer in range(top) if layer not in chain]),
-            ("loops", sorted({layer for layer in chain if chain.count(layer) > 1})),
-            ("reorders", sorted(late)),
-            ("cuts off", range(top + 1, n_layers))]
-    return "; ".join(f"{verb} {format_chain(layers)}" for verb, layers in said if layers) or "every layer once"
+    parts = [("skips", [layer for layer in range(top) if layer not in chain]),
+             ("loops", sorted({layer for layer in chain if chain.count(layer) > 1})),
+             ("reorders", sorted(late)),
+             ("cuts off", range(top + 1, n_layers))]
+    return "; ".join(f"{verb} {format_chain(layers)}" for verb, layers in parts if layers) or "every layer once"
 
 
 class Sample:
     """A problem as one model sees it.
 
     Attributes:
-      prompt, target: token ids of the prompt and of the right answer after it.
+      prompt, target: token ids of the prompt and of the correct answer after it.
       stop: set of ids that end an answer; None for the label of a choice, unless another label begins with it.
       fused: set of ids that spell the target's last token and a line break.
       verify: the Verifier of this answer.
-    Raises ValueError where the tokenizer is not the model's or cannot write the answer, or the prompt is too long.
+    Raises ValueError if the tokenizer does not fit the model or cannot write the answer, or the prompt is too long.
     """
 
     def __init__(self, model, tokenizer, problem, cache_mb=1024):
@@ -206,15 +206,15 @@ class Sample:
         if max(self.prompt + self.target) >= model.config.vocab_size:
             raise ValueError("the tokenizer has more tokens than the model; fetch the checkpoint again")
         if not data.exact_match(written := tokenizer.decode(self.target), problem.answer):  # unknown characters, say
-            raise ValueError(f"the tokenizer cannot write the answer {problem.answer!r} of sample {problem.id}, it "
-                             f"writes {written!r}; leave this sample out")
+            raise ValueError(f"the tokenizer cannot write the answer {problem.answer!r} of sample {problem.id}, only "
+                             f"{written!r}; leave this sample out")
         complete = [label for label in problem.choices if label.startswith(problem.answer)] == [problem.answer]
         self.stop = None if complete else tokenizer.stop
         self.fused = tokenizer.fused(self.target[-1])
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb, self.fused)
 
     def answer(self, chain):
-        """The text that greedy decoding writes under a chain, and whether it is the right answer."""
+        """The text that greedy decoding writes under a chain, and whether it is the correct answer."""
         limit = len(self.target) if self.stop is None else max(32, len(self.target) + 1)
         text = self.read(self.model.generate(self.prompt, chain, limit, self.stop, self.tokenizer.breaks))
         return text, data.exact_match(text, self.problem.answer)
@@ -241,12 +241,12 @@ def say(label, text):
 
 def say_answer(label, sample, chain):
     """Prints what the model answers under a chain."""
-    text, right = sample.answer(chain)
-    say(label, f"{text!r}, {'right' if right else 'wrong'}, depth {len(chain)} (full: {len(sample.model.layers)})")
+    text, correct = sample.answer(chain)
+    say(label, f"{text!r}, {'correct' if correct else 'wrong'}, depth {len(chain)} (full: {len(sample.model.layers)})")
 
 
 def say_chain(chain, n_layers):
-    """Prints a chain: as --chain takes it, in words, and drawn."""
+    """Prints a chain: in the form of --chain, in words, and as a drawing."""
     say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
 
 
@@ -258,7 +258,7 @@ def search(args, score, n_layers, seed):
 
 
 def search_chain(args, sample):
-    """Searches the sample's chain, with a progress bar, and prints what was found."""
+    """Searches for the sample's chain, with a progress bar, and prints what it finds."""
     n_layers, start = sample.model.config.num_hidden_layers, time.perf_counter()
     with tqdm(total=args.simulations, desc="search", unit="chain", disable=None, leave=False) as bar:
         def score(chains):
@@ -267,23 +267,23 @@ def search_chain(args, sample):
             return scores
         result = search(args, score, n_layers, args.seed)
     seconds = time.perf_counter() - start
-    right = result.correct()
-    say("search", f"{len(result.evaluated)} chains evaluated, {len(right)} right, in {seconds:.2f} s, "
+    correct = result.correct()
+    say("search", f"{len(result.evaluated)} chains evaluated, {len(correct)} correct, in {seconds:.2f} s, "
                   f"{len(result.evaluated) / seconds:.1f} chains/s\n"
-                  f"{sample.verify.steps_run} layer steps run for the {sample.verify.steps_asked} of all these chains")
-    best = next((chain for chain in right if sample.answer(chain)[1]), None)  # plain generation has the last word
-    discarded = len(right) if best is None else right.index(best)
+                  f"{sample.verify.steps_run} layer steps run of {sample.verify.steps_asked}, the others being shared")
+    best = next((chain for chain in correct if sample.answer(chain)[1]), None)  # plain generation has the last word
+    discarded = len(correct) if best is None else correct.index(best)
     if best is None:
-        say("best", "none: no chain that answers right was found")
+        say("best", "none: no chain found answers correctly")
     else:
         say_answer("best", sample, best)
         say_chain(best, n_layers)
     if discarded:
-        say("discarded", f"{discarded} chains whose answer plain generation did not confirm")
+        say("discarded", f"{discarded} chains that plain generation did not confirm")
 
 
 def run(args):
-    """Does what the command does."""
+    """Runs the command."""
     sample = load_sample(args)
     model, problem = sample.model, sample.problem
     n_layers, weight = model.config.num_hidden_layers, model.lm_head.weight
@@ -304,7 +304,7 @@ def run(args):
 
 
 def one_line(error):
-    """What is wrong with the input or the machine and what to do; None for any other error, a defect of the program."""
+    """What is wrong with the input or the machine, and what to do; None for any other error, a bug."""
     if isinstance(error, GatedRepoError):
         return "this repository is gated; accept its licence on its page on the hub, then log in with `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
@@ -312,8 +312,8 @@ def one_line(error):
     if isinstance(error, RepositoryNotFoundError):
         return "no such folder, and no such repository on the hub; check the name, or log in with `hf auth login`"
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return ("the model or the dataset is not on this machine, nor wholly in the hub's cache, and the hub cannot be "
-                "reached; try again online, or give a local folder or file")
+        return ("the model or the dataset is not completely in the hub's cache, and the hub cannot be reached; "
+                "try again online, or give a local folder or file")
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "DefaultCPUAllocator" in str(error):
         return "the device has too little memory; use a smaller model, --cache-mb or --batch, or another --device"
     if isinstance(error, HTTPError):
@@ -324,14 +324,14 @@ def one_line(error):
 
 
 def exit_on_error(program, command, *arguments):
-    """Runs a command; what is wrong with its input ends in one line on stderr and exit code 2."""
+    """Runs a command; bad input ends in one line on stderr and exit code 2."""
     try:
         command(*arguments)
-        sys.stdout.flush()  # or a reader that has gone is noticed too late
+        sys.stdout.flush()  # or a closed pipe is noticed too late
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of the output has gone
+    except BrokenPipeError:  # of `| head`, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
@@ -343,7 +343,7 @@ def exit_on_error(program, command, *arguments):
 
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the question
+        sys.stdout.reconfigure(errors="replace")  # the terminal may lack a character
     exit_on_error("cola.py", run, parser().parse_args(argv))
 
 

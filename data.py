@@ -1,4 +1,4 @@
-"""Problems: question, right answer, exact match; and their way to token ids.
+"""Problems: question, correct answer, exact match; and their encoding as token ids.
 
 Every dataset becomes a list of `Problem`s with one form of prompt:
 
@@ -7,7 +7,7 @@ Every dataset becomes a list of `Problem`s with one form of prompt:
                                         B. a plant
                                         Answer:
 
-The right continuations are " 19" and " A". A chat model gets the same question as a message, in its own template.
+The correct continuations are " 19" and " A". A chat model gets the same question as a message, in its own template.
 
 References: ARC, arXiv 1803.05457; MATH, arXiv 2103.03874; GSM8K, arXiv 2110.14168; levels of difficulty as in
 DART-Math, arXiv 2407.13690.
@@ -28,7 +28,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 
-TERMS_OF_LEVEL = {1: 3, 2: 4, 3: 5, 4: 6, 5: 7}  # arithmetic: how many numbers a problem of each level adds up
+TERMS_OF_LEVEL = {1: 3, 2: 4, 3: 5, 4: 6, 5: 7}  # arithmetic: how many numbers a problem of each level has
 NUMBERS_BELOW = 20  # so 0 to 19
 N_PROBLEMS = 2000  # in each arithmetic dataset
 ARITHMETIC = {"arithmetic": [*TERMS_OF_LEVEL],  # dataset: its levels
@@ -38,7 +38,7 @@ FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read by the hub's
                "gsm8k": ("openai/gsm8k", "main")}
 MATH = ("math", "math-1", "math-2", "math-3", "math-4", "math-5")
 DATASETS = (*ARITHMETIC, *FROM_VIEWER, *MATH)
-DATE = datetime(2024, 7, 26)  # today, for chat templates that ask: prompts are the same on any day
+DATE = datetime(2024, 7, 26)  # today, for chat templates that ask, so that prompts are the same on any day
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Problem:
 
     Attributes:
       id: its name in the dataset.
-      question: the text asked, with the choices where there are any.
+      question: the text, including any choices.
       answer: what the model has to write; for multiple choice a label such as "B".
-      choices: the labels to choose from; empty where the answer is free.
+      choices: the labels to choose from; empty if the answer is free.
       texts: what the labels stand for.
-      level: its difficulty, where the dataset says so.
+      level: its difficulty, if the dataset has levels.
       examples: worked examples to show before it, as Problems.
     """
     id: str
@@ -70,11 +70,11 @@ class Problem:
 
     @property
     def messages(self):
-        """The conversation to continue, for chat models: inclined to explain, so asked for the bare answer."""
+        """The conversation to continue, for chat models. They tend to explain, so it asks for the bare answer."""
         turns = []
         for problem in (*self.examples, self):
-            wish = f"Answer with the {'letter of the right choice' if problem.choices else 'final answer'} only."
-            turns += [{"role": "user", "content": f"{problem.question}\n{wish}"},
+            instruction = f"Answer with the {'letter of the right choice' if problem.choices else 'final answer'} only."
+            turns += [{"role": "user", "content": f"{problem.question}\n{instruction}"},
                       {"role": "assistant", "content": problem.answer}]
         return turns[:-1]
 
@@ -87,7 +87,7 @@ class Problem:
 
 
 def listed(choices, texts):
-    """The choices as they stand below a question."""
+    """The choices as lines below a question."""
     return "".join(f"\n{label}. {text}" for label, text in zip(choices, texts, strict=True))
 
 
@@ -99,19 +99,19 @@ def load(dataset, shots=0, split=None):
       shots: how many worked examples to put before each question: other problems of the dataset; for arithmetic,
         training problems.
       split: "train", "validation" or "test", for benchmarks that have several; None means "test".
-    Raises ValueError or OSError (huggingface_hub's errors are among these) that says what is wrong.
+    Raises ValueError or OSError (including huggingface_hub's errors) that says what is wrong.
     """
     if not 0 <= shots <= 100:
         raise ValueError(f"shots must be between 0 and 100, not {shots}")
     if split is not None and dataset not in FROM_VIEWER:
-        raise ValueError(f"{dataset} has no splits; leave --split out")
+        raise ValueError(f"{dataset} has no splits; omit --split")
     if dataset in ARITHMETIC:
         levels = ARITHMETIC[dataset]
         problems = by_turns([arithmetic(level, N_PROBLEMS // len(levels)) for level in levels])
         pool = by_turns([arithmetic(level, shots + 1, test=False) for level in levels])
     else:
         problems = pool = read_dataset(dataset, split or "test")
-    # One more than asked for, as no problem is its own example.
+    # One more than needed, because no problem is its own example.
     pool = [*{problem.question: problem for problem in pool}.values()][:shots + 1]
     if len(pool) <= shots:
         raise ValueError(f"{dataset} has too few questions ({len(pool)}) for {shots} examples; use fewer --shots")
@@ -132,11 +132,11 @@ def read_dataset(dataset, split):
 
 
 def exact_match(prediction, answer):
-    """Whether two answers are the same text, white space around them aside."""
+    """Whether two answers are the same text, apart from surrounding white space."""
     return prediction.strip() == answer.strip()
 
 
-# Arithmetic: generated, the same on every machine.
+# Arithmetic: generated, identical on every machine.
 
 def random_sum(rng, n_terms, limit=NUMBERS_BELOW):
     """A question and its answer, as "What is 12 + 7 - 13?" and "6", with numbers below the limit."""
@@ -150,7 +150,7 @@ def random_sum(rng, n_terms, limit=NUMBERS_BELOW):
 
 
 def is_test(question):
-    """A quarter of all questions, by hash: tiny is trained on the others only."""
+    """Selects a quarter of all questions, by hash; tiny is trained on the others only."""
     return hashlib.sha256(question.encode()).digest()[0] < 64
 
 
@@ -165,14 +165,14 @@ def arithmetic(level, size, test=True, limit=NUMBERS_BELOW):
 
 
 def by_turns(lists):
-    """One from each list, then the next from each: [[1, 2], [3, 4]] becomes [1, 3, 2, 4]."""
+    """Interleaves lists: [[1, 2], [3, 4]] becomes [1, 3, 2, 4]."""
     return [item for items in zip(*lists) for item in items]
 
 
-# JSON Lines: one row a line, in any of the forms that `read_row` knows.
+# JSON Lines: one row per line, in any of the forms that `read_row` accepts.
 
 def read_jsonl(path):
-    """The problems of a file. Raises ValueError that names the line and says what it needs."""
+    """The problems of a file. Raises ValueError that names the line and what is wrong with it."""
     problems, answers = [], {}
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -195,7 +195,7 @@ def read_jsonl(path):
 
 
 def read_row(row, where, position):
-    """A Problem from a row as ARC, MATH, GSM8K, or anyone with a question and an answer, writes it."""
+    """A Problem from a row in the form of ARC, MATH or GSM8K, or any other with a question and an answer."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
     question = row.get("question", row.get("problem"))
@@ -216,7 +216,7 @@ def read_row(row, where, position):
         answer = row.get("answer")
         if isinstance(answer, str) and "####" in answer:  # GSM8K: the solution, then "#### 1,234"
             answer = answer.rpartition("####")[2].replace(",", "")
-    if isinstance(answer, float) and not math.isfinite(answer):  # json reads NaN and Infinity, which are no JSON
+    if isinstance(answer, float) and not math.isfinite(answer):  # json accepts NaN and Infinity
         answer = None
     if type(answer) not in (str, int, float) or not str(answer).strip():
         raise ValueError(f'{where}: no answer; a row needs it under "answer", or "answerKey" with choices')
@@ -226,10 +226,10 @@ def read_row(row, where, position):
                    texts, row.get("level"))
 
 
-# The hub's dataset viewer serves every dataset as JSON, whatever its own format.
+# The hub's dataset viewer serves every dataset as JSON, whatever its format.
 
 def fetch_rows(repo, config, split):
-    """The path of a JSON Lines file with all rows of a hub dataset, fetched once and then found in the hub's cache."""
+    """The path of a JSON Lines file with all rows of a hub dataset, fetched once and then kept in the hub's cache."""
     file = cached_assets_path("cola", repo, f"{config}--{split}") / "rows.jsonl"
     if file.is_file():
         return file
@@ -250,21 +250,21 @@ def fetch_rows(repo, config, split):
             if not in_order or not rows:
                 raise ValueError(f"{viewer} did not send the rows of {repo} that it was asked for; try again later")
             bar.update(len(page["rows"]))
-    partial = file.with_suffix(f".{random.SystemRandom().getrandbits(64)}")  # not shared; the final one is whole
+    partial = file.with_suffix(f".{random.SystemRandom().getrandbits(64)}")  # another process may be writing its own
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return partial.replace(file)
 
 
 class Tokenizer:
-    """Text to token ids and back, the way the checkpoint's authors do it.
+    """Text to token ids and back, exactly as the checkpoint was trained.
 
     Args:
-      folder: of the checkpoint; tokenizer.json is needed, tokenizer_config.json, chat_template.jinja and
-        generation_config.json are used where they are there.
-      chat: whether to put problems through the chat template, where there is one.
+      folder: the checkpoint's; needs tokenizer.json, and uses tokenizer_config.json, special_tokens_map.json,
+        chat_template.jinja, generation_config.json and config.json if present.
+      chat: whether to apply the chat template, if there is one.
     Attributes:
-      chat: whether that is done.
-      stop: set of ids that end an answer: end-of-text tokens, and line breaks with nothing but white space before.
+      chat: whether it is applied.
+      stop: set of ids that end an answer: end-of-text tokens, and line breaks preceded by white space only.
       breaks: {id: text before its line break} for every token with one; most vocabularies have some such as ")\\n".
     Raises ValueError, or OSError for a missing file, with one line that says what to do.
     """
@@ -272,7 +272,7 @@ class Tokenizer:
     def __init__(self, folder, chat=True):
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; a checkpoint needs its tokenizer in this form")
+            raise FileNotFoundError(f"{file} is missing; a checkpoint needs its tokenizer in this format")
         try:
             self.tokenizer = RustTokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
@@ -299,17 +299,17 @@ class Tokenizer:
         ids = range(self.tokenizer.get_vocab_size())
         texts = self.tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
         self.texts = dict(zip(ids, texts))
-        # Of the tokens with a line break what stands before it; white space does not count in exact match.
+        # Trailing white space before the line break does not matter to exact match.
         self.breaks = {i: text.partition("\n")[0].rstrip() for i, text in self.texts.items() if "\n" in text}
         self.stop = {i for i, before in self.breaks.items() if not before}
         self.stop |= {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
 
     def encode_text(self, text):
-        """Ids of a text. A rendered chat holds its special tokens; any other gets those that tokenizer.json adds."""
+        """Ids of a text. A rendered chat contains its special tokens; to other text, tokenizer.json adds its own."""
         return self.tokenizer.encode(text, add_special_tokens=not self.chat).ids
 
     def encode(self, problem):
-        """Ids of a problem's prompt, and of its answer as it goes on from there."""
+        """Ids of a problem's prompt, and of its answer as a continuation of the prompt."""
         prompt, answer = problem.prompt, f" {problem.answer}"
         if self.chat:
             prompt, answer = self.render(problem.messages), problem.answer
@@ -317,12 +317,12 @@ class Tokenizer:
             before = whole.removeprefix(prompt).partition(answer)[0]
             answer = before + answer if before.isspace() else answer  # some templates put a space before each answer
         ids, both = self.encode_text(prompt), self.encode_text(prompt + answer)
-        if both[:len(ids)] != ids:  # a token reaches across the border
+        if both[:len(ids)] != ids:  # a token spans the boundary
             both = ids + self.tokenizer.encode(answer, add_special_tokens=False).ids
         return ids, both[len(ids):]
 
     def fused(self, token):
-        """The tokens that spell this one and a line break after it, such as ")\\n" for ")"."""
+        """The tokens that spell this one and a line break, such as ")\\n" for ")"."""
         return {i for i, before in self.breaks.items() if before and before == self.texts[token].rstrip()}
 
     def decode(self, ids):
@@ -342,16 +342,16 @@ class Tokenizer:
         return environment.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", self.source))
 
     def render(self, messages, answered=False):
-        """The conversation as text; unless it is answered already, up to where the model answers."""
+        """The conversation as text, up to where the model answers unless it is answered already."""
         try:
             return self.template.render(messages=messages, add_generation_prompt=not answered, tools=None,
                                         documents=None, enable_thinking=False)  # exact match wants the answer alone
-        except Exception as error:  # a template is somebody else's program
+        except Exception as error:  # a template is third-party code
             raise ValueError(f"the chat template fails ({error}); use --no-chat") from None
 
 
 def read_json(path):
-    """The content of a JSON file, {} where there is no file."""
+    """The content of a JSON file, {} if there is no file."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:

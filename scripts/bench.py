@@ -26,7 +26,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-import cola  # before torch, as it silences a warning
+import cola
 import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm

@@ -22,7 +22,7 @@ from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
-import cola  # before torch, as it silences a warning
+import cola
 from tqdm import tqdm
 
 import data

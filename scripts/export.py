@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-import cola  # before torch, as it silences a warning
+import cola
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 

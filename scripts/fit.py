@@ -17,7 +17,7 @@ import math
 import random
 import time
 
-import cola  # before torch, as it silences a warning
+import cola
 from tqdm import tqdm
 
 import data

@@ -9,7 +9,7 @@ medians over --repeats searches; on another machine only their ratios are compar
 import statistics
 import time
 
-import cola  # before torch, as it silences a warning
+import cola
 import torch
 from tqdm import tqdm
 

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import cola  # before torch, as it silences a warning
+import cola
 import torch
 from tqdm import tqdm
 

@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-import cola  # before torch, as it silences a warning
+import cola
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -11,7 +11,7 @@ where these lie elsewhere.
 import argparse
 from pathlib import Path
 
-import cola  # before torch, as it silences a warning
+import cola
 from tqdm import tqdm
 
 import data
