@@ -69,32 +69,39 @@ def elsewhere(problems, i, count, rng):
 
 
 def search(args, model, tokenizer, problem, seed):
-    """What is found for a problem: the full model's answer, {chain: whether it is right}, the best one, its answer.
+    """Searches one problem: the full model's answer, the Result, the best chain and its answer, or None for both.
 
-    The last two are None where there is none. The sample and its cache go when it returns: there is one at a time.
+    The sample is freed on return, so that there is one cache of hidden states at a time.
     """
     sample, full = cola.Sample(model, tokenizer, problem, args.cache_mb), tuple(range(len(model.layers)))
-    prediction, full_right = sample.answer(full)
+    prediction, full_correct = sample.answer(full)
     result = cola.search(args, sample.verify.score, len(full), seed)
-    result.evaluated[full] = full_right  # plain generation has the last word, on this chain and on the best one
+    result.evaluated[full] = full_correct  # plain generation has the last word, on this chain and on the best one
     for best in result.correct():
-        text, right = sample.answer(best)
-        if right:
-            return prediction, result.evaluated, best, text
+        text, correct = sample.answer(best)
+        if correct:
+            return prediction, result, best, text
         result.evaluated[best] = False
-    return prediction, result.evaluated, None, None
+    return prediction, result, None, None
+
+
+def found_at(result):
+    """How many chains the search evaluated until the first correct one, that one included; None if none is."""
+    return next((i for i, score in enumerate(result.evaluated.values(), 1) if score), None)
 
 
 def study(args, model, tokenizer, problems, i):
     """The line of sample i, all but its settings."""
     start, problem, seed, full = time.perf_counter(), problems[i], args.seed + i, tuple(range(len(model.layers)))
     rng, decoy, reorder = random.Random(seed), None, None
-    prediction, evaluated, best, best_prediction = search(args, model, tokenizer, problem, seed)
+    prediction, result, best, best_prediction = search(args, model, tokenizer, problem, seed)
+    evaluated = result.evaluated
     asked = not evaluated[full] and not args.no_decoy
     wrong = decoy_answer(tokenizer, problem, problems, prediction, rng) if asked else None
     if wrong is not None:
-        reached = search(args, model, tokenizer, replace(problem, answer=wrong), seed)[2]
-        decoy = {"answer": wrong, "found": reached is not None, "depth": None if reached is None else len(reached)}
+        _, of_decoy, reached, _ = search(args, model, tokenizer, replace(problem, answer=wrong), seed)
+        decoy = {"answer": wrong, "found": reached is not None, "depth": None if reached is None else len(reached),
+                 "found_at": found_at(of_decoy), "promise": of_decoy.promises.get(full)}
     if best is not None and args.reorder:
         verdicts = []
         for other in elsewhere(problems, i, args.reorder, rng):
@@ -105,8 +112,9 @@ def study(args, model, tokenizer, problems, i):
     return {"sample": i, "id": problem.id, "level": problem.level, "question": problem.question,
             "gt_ans": problem.answer, "initial_score": float(evaluated[full]), "prediction": prediction, "best": best,
             "best_prediction": best_prediction,
-            "final_valid_transitions": [chain for chain, right in evaluated.items() if right],
-            "final_invalid_transitions": [chain for chain, right in evaluated.items() if not right],
+            "found_at": found_at(result), "promise": result.promises.get(full),
+            "final_valid_transitions": [chain for chain, correct in evaluated.items() if correct],
+            "final_invalid_transitions": [chain for chain, correct in evaluated.items() if not correct],
             "n_layers": len(full), "decoy": decoy, "reorder": reorder, "seconds": round(time.perf_counter() - start, 3)}
 
 
