@@ -1,92 +1,109 @@
-"""Prints what studies found, as a Markdown table, with the claims of the paper (arXiv 2507.07996) beside it.
+"""Prints what studies found as Markdown tables, one row per study; the paper is arXiv 2507.07996.
 
     python -m scripts.report runs/*.jsonl
+    python -m scripts.report runs/math.jsonl --levels
     python -m scripts.report runs/math.jsonl --polar data
 
-A study's ranks are read along with it, and a sample that stands in two files counts once. The rows:
-  accuracy: with CoLa a sample is right if any chain is, a best chain then, which plain generation confirmed.
-  finding 1: of the samples that the full model gets right, those whose best chain is shorter; what the best chains of
-    all right samples save.
-  finding 2: of the samples that it gets wrong, those corrected; of the same, those for which the same search reached
-    the decoy, a wrong answer; the lift is the difference, over the wrong samples that have a decoy.
-  depth: of the best chains, in layers; a sample still wrong has none and counts with the full depth.
-  best chains: it skips if it leaves out a layer before its deepest one, loops if a layer stands in it more than once,
-    stops early if the model's last layer is not in it.
-  elsewhere: the best chain and, on the same questions, the full model; the choices in another order or, where the
-    answer is free, other problems of the level. The intervals take these questions as independent.
-Intervals are of 95 %: Wilson for a share, normal for a mean (after ±), Newcombe's of paired shares for the lift.
+Files that the processes of one study wrote are read together, and a sample that occurs twice counts once.
+
+Findings:
+  accuracy: of the full model; with CoLa a sample is correct if any chain is, confirmed by plain generation.
+  finding 1: of the samples that the full model answers correctly, those with a shorter correct chain (the paper: more
+    than 75 %); layers saved: by the best chains of all of these.
+  finding 2: of the samples that it answers wrongly, those that some chain corrects (the paper: more than 60 %).
+  decoys: of these, how often the same search reached a wrong answer instead; the lift is the difference.
+Chains, of the best chains of correct and of corrected samples:
+  depth in layers; skip: leaves out a layer before its deepest one; loop: runs a layer more than once; stop early:
+  leaves out the last layer; edits: blocks of layers to remove, insert or replace in the full chain to get this one.
+  promise: the mean log-probability per token that the full model gives to the correct answer of samples that the search
+  corrects, and of those that stay wrong.
+Other questions: how often the best chain and the full model answer them correctly: the choices in another order or, for
+  free answers, other problems of the level. The intervals take these questions as independent.
+
+Intervals are 95 %: Wilson for a share, normal for a mean (after ±), Newcombe's of paired shares for the lift.
 
 --polar writes the same lines as training data of PoLar (github.com/tianyi-lab/PoLar), for its --data_root: a file for
-each of its difficulties, the levels 1 to 5; samples without a level stand under their dataset's name. Its loader passes
-over chains that are not made of blocks of up to 4 layers skipped, kept or run twice.
+each of its difficulties, the levels 1 to 5; samples without a level go under their dataset's name. Its loader ignores
+chains that are not made of blocks of up to 4 layers skipped, kept or run twice.
 """
 import json
 import sys
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import cola
 from scripts import common
-from scripts.common import lift, mean
-
-CLAIMS = {"finding 1: right samples with a shorter chain": "> 75 %", "finding 2: wrong samples corrected": "> 60 %"}
+from scripts.common import lift, mean, share
 
 
 def parser():
     p = cola.Parser("python -m scripts.report", __doc__)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what scripts.study wrote, .jsonl or .jsonl.gz")
+    p.add_argument("--levels", action="store_true", help="one row per level of each study")
     p.add_argument("--polar", type=Path, metavar="DIR", help="also write training data of PoLar here")
     return p
 
 
-def share(flags):
-    """A share with its interval and counts, as text."""
-    return f"{common.share(flags)}, {sum(flags)} of {len(flags)}" if flags else "-"
-
-
-def depth(lines):
-    """Mean depth of the best chains, the full depth where there is none, as text."""
-    layers = {line["n_layers"] for line in lines}
-    if len(layers) != 1:
-        return "-"  # layers of different models are no common unit
-    full = layers.pop()
-    return f"{mean([full if line['best'] is None else len(line['best']) for line in lines])} of {full}"
+def edits(line):
+    """How many blocks of layers differ between the full chain and the best one."""
+    blocks = SequenceMatcher(None, range(line["n_layers"]), line["best"], autojunk=False).get_opcodes()
+    return sum(kind != "equal" for kind, *_ in blocks)
 
 
 def elsewhere(lines, who):
-    """The share of other questions that "right" (the best chains) or "full_right" (the full model) gets right."""
+    """The share of other questions answered correctly by the best chains ("right") or the full model ("full_right")."""
     asked = [line["reorder"] for line in lines if line["reorder"]]
     hits = sum(other[who] for other in asked)
     return share([True] * hits + [False] * (sum(other["asked"] for other in asked) - hits))
 
 
-def rows(lines):
-    """{label: figure, as text}"""
-    right = [line for line in lines if line["initial_score"]]
+def split(lines):
+    """The lines that the full model answers correctly, answers wrongly, and of the latter those corrected."""
+    correct = [line for line in lines if line["initial_score"]]
     wrong = [line for line in lines if not line["initial_score"]]
-    corrected = [line for line in wrong if line["best"] is not None]
+    return correct, wrong, [line for line in wrong if line["best"] is not None]
+
+
+def findings(lines):
+    """{column: cell} of a study."""
+    correct, wrong, _ = split(lines)
     pairs = [(line["best"] is not None, line["decoy"]["found"]) for line in wrong if line["decoy"]]
-    best = [(line["best"], line["n_layers"]) for line in right + corrected]
     return {
         "samples": str(len(lines)),
         "accuracy, full model": share([bool(line["initial_score"]) for line in lines]),
-        "accuracy with CoLa": share([line["best"] is not None for line in lines]),
-        "finding 1: right samples with a shorter chain": share(
-            [len(line["best"]) < line["n_layers"] for line in right]),
-        "their layers saved, in %": mean([100 * (1 - len(line["best"]) / line["n_layers"]) for line in right]),
-        "finding 2: wrong samples corrected": share([line["best"] is not None for line in wrong]),
-        "their decoys reached": share([decoy for _, decoy in pairs]),
-        "lift": lift(pairs),
-        "depth, right samples": depth(right),
-        "depth, corrected samples": depth(corrected),
-        "depth, all samples": depth(lines),
-        "best chains that skip": share(
-            [any(layer not in chain for layer in range(max(chain, default=0))) for chain, _ in best]),
-        "best chains that loop": share([len(set(chain)) < len(chain) for chain, _ in best]),
-        "best chains that stop early": share([n_layers - 1 not in chain for chain, n_layers in best]),
-        "elsewhere, right samples: best chain": elsewhere(right, "right"),
-        "elsewhere, right samples: full model": elsewhere(right, "full_right"),
-        "elsewhere, corrected samples: best chain": elsewhere(corrected, "right"),
-        "elsewhere, corrected samples: full model": elsewhere(corrected, "full_right")}
+        "with CoLa": share([line["best"] is not None for line in lines]),
+        "finding 1: correct with a shorter chain": share([len(line["best"]) < line["n_layers"] for line in correct]),
+        "layers saved, %": mean([100 * (1 - len(line["best"]) / line["n_layers"]) for line in correct]),
+        "finding 2: corrected": share([line["best"] is not None for line in wrong]),
+        "decoys": share([decoy for _, decoy in pairs]),
+        "lift": lift(pairs)}
+
+
+def chains(lines):
+    """{column: cell} of a study; "a / b" are of correct and of corrected samples."""
+    correct, wrong, corrected = split(lines)
+
+    def both(cell, value):
+        return " / ".join(cell([value(line) for line in kind]) for kind in (correct, corrected))
+
+    def promises(lines):
+        return mean([line["promise"] for line in lines if line.get("promise") is not None])
+
+    return {
+        "depth": f"{both(mean, lambda line: len(line['best']))} of {lines[0]['n_layers']}",
+        "skip": both(share, lambda line: not {*range(max(line["best"], default=0))} <= {*line["best"]}),
+        "loop": both(share, lambda line: len(set(line["best"])) < len(line["best"])),
+        "stop early": both(share, lambda line: line["n_layers"] - 1 not in line["best"]),
+        "edits": both(mean, edits),
+        "promise: corrected, still wrong": f"{promises(corrected)} / "
+                                           f"{promises([line for line in wrong if line['best'] is None])}"}
+
+
+def other_questions(lines):
+    """{column: cell} of a study."""
+    correct, _, corrected = split(lines)
+    return {f"{name}: {who}": elsewhere(kind, field) for name, kind in (("correct", correct), ("corrected", corrected))
+            for who, field in (("best chain", "right"), ("full model", "full_right"))}
 
 
 def write_polar(folder, lines):
@@ -105,15 +122,17 @@ def write_polar(folder, lines):
 
 def main(args):
     studies = common.studies(args.files)
-    lines = [line for study in studies.values() for line in study]
-    columns = {title: rows(study) for title, study in studies.items()}
-    if len(columns) > 1:
-        columns["total"] = rows(lines)
-    print(f"| | {' | '.join(columns)} | paper |\n|---|{'---:|' * len(columns)}---:|")
-    for label in rows(lines):
-        print(f"| {' | '.join([label, *(column[label] for column in columns.values()), CLAIMS.get(label, '')])} |")
+    if args.levels:
+        studies = {f"{title}, level {level}": [line for line in lines if line["level"] == level]
+                   for title, lines in studies.items() for level in sorted({line["level"] for line in lines}, key=str)}
+    for table in (findings, chains, other_questions):
+        columns = table(next(iter(studies.values())))
+        print(f"| {table.__name__.replace('_', ' ')} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+        for title, lines in studies.items():
+            print(f"| {title} | {' | '.join(table(lines).values())} |")
+        print()
     if args.polar:
-        write_polar(args.polar, lines)
+        write_polar(args.polar, [line for lines in studies.values() for line in lines])
 
 
 if __name__ == "__main__":
