@@ -108,6 +108,10 @@ class Search:
         self.result, self.root, self.limit = Result({}, n_layers, depth_penalty), Node(), 2 * n_layers
         self.best, self.elite, self.table, self.policies = None, [], {}, {}
 
+    def window(self, last):
+        """The layers that may be appended after the layer `last` (-1 at the beginning)."""
+        return range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
+
     def worth(self, chain):
         """The score or, for a wrong chain, exp(promise): the geometric mean of the answer tokens' probabilities."""
         return self.result.evaluated[chain] or math.exp(self.result.promises.get(chain, -math.inf))
@@ -144,11 +148,10 @@ class Search:
         """
         if last not in self.policies:
             row, departure = self.table.get(last, {last + 1: 1}), min(0.5, DEPARTURES / self.n_layers)
-            window = range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
             total, priors = sum(row.values()), defaultdict(float)
             for usual, weight in row.items():
                 priors[usual] += weight / total * (1 - departure)
-                for action, probability in departures(usual, (*window, self.stop), LOOP).items():
+                for action, probability in departures(usual, (*self.window(last), self.stop), LOOP).items():
                     priors[action] += weight / total * departure * probability
             priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
             self.policies[last] = priors, [*priors], [*accumulate(priors.values())]
