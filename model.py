@@ -252,11 +252,12 @@ class Experts(nn.Module):
         weights, chosen = self.gate(flat).float().softmax(-1).topk(self.top_k)  # [tokens, top_k]
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
-        y = torch.zeros_like(flat)
-        for expert in chosen.unique().tolist():
-            token, place = (chosen == expert).nonzero(as_tuple=True)
+        y, chosen, weights = torch.zeros_like(flat), chosen.flatten(), weights.flatten()  # [tokens * top_k]
+        counts = chosen.bincount(minlength=len(self.experts)).tolist()  # the only wait for a GPU
+        for expert, places in zip(self.experts, chosen.argsort().split(counts)):
+            token = places // self.top_k
             # A token chooses an expert at most once, so no index occurs twice and += loses nothing.
-            y[token] += self.experts[expert](flat[token]) * weights[token, place, None].to(x.dtype)
+            y[token] += expert(flat[token]) * weights[places, None].to(x.dtype)
         if self.shared_expert is not None:
             y = y + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
         return y.view_as(x)
