@@ -9,7 +9,7 @@
   (d) a whole search, `mcts.search` on one `Verifier`: the time of both, divided by the chains evaluated
 
 (d) comes first; (a), (b) and (c) then run a random subset of its chains, and the verdicts are compared. The empty chain
-counts in none of the four, for transformers cannot cache it.
+counts in none of the four, because transformers cannot cache it.
 
 Last, the search of `python cola.py --sample-id 12`, alone and beside two busy processes a core.
 """
@@ -64,13 +64,13 @@ def load_reference(folder, weight):
 def one_by_one(sample, reference):
     """(a), (b) and (c), each as a function from a chain to its verdict."""
     model, prompt, stop = sample.model, sample.prompt, sample.stop
-    limit = len(sample.target) + (stop is not None)  # tokens that settle whether the answer is right
+    limit = len(sample.target) + (stop is not None)  # enough tokens to tell whether the answer is correct
     tokens = torch.tensor([prompt], device=model.lm_head.weight.device)
     alone = Verifier(model, prompt, sample.target, stop, 0, sample.fused)
     breaks = sample.tokenizer.breaks
     ends = sorted({*(stop or ()), *breaks}) or None
 
-    def right(new):
+    def correct(new):
         ended = stop is None or len(new) < limit or new[-1] in breaks
         return ended and data.exact_match(sample.read(new), sample.problem.answer)
 
@@ -78,10 +78,10 @@ def one_by_one(sample, reference):
         new = reference(chain).generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, use_cache=True,
                                         max_new_tokens=limit, eos_token_id=ends, pad_token_id=0)
         new = new[0, len(prompt):].tolist()
-        return right(new[:-1] if stop and new[-1] in stop else new)
+        return correct(new[:-1] if stop and new[-1] in stop else new)
 
     ways = {"a": transformers_generate} if reference else {}
-    return ways | {"b": lambda chain: right(model.generate(prompt, chain, limit, stop, breaks)),
+    return ways | {"b": lambda chain: correct(model.generate(prompt, chain, limit, stop, breaks)),
                    "c": lambda chain: alone([chain])[0]}
 
 
@@ -126,8 +126,8 @@ def bench(sample, reference, args, bar, total):
     for hook in hooks:
         hook.remove()
     length, chains = len(sample.prompt + sample.target), [chain for chain in verdicts["d"] if chain]
-    right, ideal = sum(verdicts["d"][chain] for chain in chains), ideal_seconds(model, length, calls)
-    total.update(chains=len(chains), right=right, tokens=length, run=verify.steps_run, asked=verify.steps_asked,
+    correct, ideal = sum(verdicts["d"][chain] for chain in chains), ideal_seconds(model, length, calls)
+    total.update(chains=len(chains), correct=correct, tokens=length, run=verify.steps_run, asked=verify.steps_asked,
                  calls=len(calls), ideal=ideal)
 
     chains = random.Random(args.seed).sample(chains, min(args.subset, len(chains)))
@@ -139,14 +139,14 @@ def bench(sample, reference, args, bar, total):
         bar.update(len(chains))
     differ = [chain for chain in chains if len({verdicts[way][chain] for way in verdicts}) > 1]
     total.update(subset=len(chains), differ=len(differ))
-    return [f"- {sample.problem.id}, chain {cola.format_chain(chain)}: right only by "
+    return [f"- {sample.problem.id}, chain {cola.format_chain(chain)}: correct only by "
             + ", ".join(f"({way})" for way in sorted(verdicts) if verdicts[way][chain]) for chain in differ]
 
 
 def row(label, total):
     """The table's line on a case."""
     price = {way: 1000 * total[way] / total["chains" if way == "d" else "subset"] for way in "abcd" if total[way]}
-    cells = [label, f"{total['tokens'] / len(SAMPLES):.0f}", f"{total['chains']}, {total['right']} right",
+    cells = [label, f"{total['tokens'] / len(SAMPLES):.0f}", f"{total['chains']}, {total['correct']} correct",
              *(f"{price[way]:.3g}" if way in price else "-" for way in "abcd"),
              ", ".join(f"{price[way] / price['d']:.1f}" for way in "abc" if way in price),
              f"{total['run'] / total['asked']:.0%}", f"{total['run'] / total['calls']:.1f}",

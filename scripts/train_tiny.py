@@ -109,11 +109,11 @@ def save_checkpoint(folder, model, tokenizer):
 def print_accuracy(folder, levels):
     """The table of tiny/README.md."""
     model, tokenizer = Llama.from_pretrained(folder, "cpu"), data.Tokenizer(folder)
-    print("| level | numbers | right |\n|---|---|---|")
+    print("| level | numbers | correct |\n|---|---|---|")
     for (level, n_terms), problems in zip(data.TERMS_OF_LEVEL.items(), levels):
         samples = [cola.Sample(model, tokenizer, problem) for problem in problems]
-        right = sum(sample.verify([range(len(model.layers))])[0] for sample in samples)
-        print(f"| {level} | {n_terms} | {100 * right / len(samples):.1f} % |")
+        correct = sum(sample.verify([range(len(model.layers))])[0] for sample in samples)
+        print(f"| {level} | {n_terms} | {100 * correct / len(samples):.1f} % |")
 
 
 def read_state(path, run):

@@ -1,12 +1,12 @@
-"""How often a sample's best chain answers the other samples right: the step from a chain a sample to a chain a task.
+"""How often the best chain of one sample answers other samples correctly: from one chain per sample to one per task.
 
     python -m scripts.transfer results/study_tiny.jsonl.gz
     python -m scripts.transfer runs/arc.jsonl --model path/to/checkpoint --dataset path/to/arc_easy.jsonl
 
-A row holds the best chains of one level's samples, a column the samples of one level, a cell the share in % of these
-that such a chain answers right: its mean over the chains, with the 95 % interval. No chain is tried on its own sample.
-The last row is the full model. Model, dataset, shots and prompt are those of the study; give --model and --dataset
-where these lie elsewhere.
+A row is for the best chains of one level, a column for the samples of one level. A cell is the share in % of these
+samples that such a chain answers correctly: the mean over the chains, with its 95 % interval, each chain's own sample
+left out. The last row is the full model. Model, dataset, shots and prompt are those of the study; use --model and
+--dataset if their files have moved.
 """
 import argparse
 from pathlib import Path
@@ -48,20 +48,20 @@ def main(args):
                                  "the study's own --dataset")
         found = [line for line in lines if line["best"] is not None]
         chains = [*{tuple(line["best"]): None for line in found} | {tuple(range(len(model.layers))): None}]
-        right = {chain: [] for chain in chains}  # {chain: verdict on the sample of each line}
+        correct = {chain: [] for chain in chains}  # {chain: verdict on the sample of each line}
         parts = verifiers(model, tokenizer, problems, samples, args.cache_mb)
         for part in tqdm(parts, desc=title, unit="part", disable=None, leave=False):
             for i in range(0, len(chains), CHAINS):
                 for chain, verdicts in zip(chains[i:], part(chains[i:i + CHAINS])):
-                    right[chain] += verdicts
+                    correct[chain] += verdicts
 
         levels = sorted({str(line["level"]) for line in lines})
         print(f"{title}\n\n| chains | {' | '.join(f'level {level}' for level in levels)} |")
         print("|---|" + "---:|" * len(levels))
         for level in [*levels, "full"]:
-            tried = [(line["sample"], right[tuple(line["best"])]) for line in found if str(line["level"]) == level]
+            tried = [(line["sample"], correct[tuple(line["best"])]) for line in found if str(line["level"]) == level]
             if level == "full":
-                tried = [(None, right[tuple(range(len(model.layers)))])]
+                tried = [(None, correct[tuple(range(len(model.layers)))])]
             cells = []
             for other in levels:
                 asked = [[flag for line, flag in zip(lines, verdicts) if str(line["level"]) == other
