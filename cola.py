@@ -10,6 +10,7 @@ reordered for each input, without training. Layers are numbered from 0; a chain 
 import argparse
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -76,6 +77,8 @@ def add_problem_arguments(p):
                           help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
     problems.add_argument("--shots", type=int, default=0, metavar="N",
                           help="worked examples before the question (default: %(default)s)")
+    problems.add_argument("--boxed", type=Path, metavar="FILE",
+                          help="ask for \\boxed{ANSWER} with the prompt in this file, which contains {question}")
     problems.add_argument("--split", choices=["train", "validation", "test"], metavar="NAME",
                           help="train, validation or test, for arc and gsm8k (default: test)")
 
@@ -194,8 +197,9 @@ class Sample:
 
     Attributes:
       prompt, target: token ids of the prompt and of the correct answer after it.
-      stop: set of ids that end an answer; None for the label of a choice, unless another label begins with it.
-      fused: set of ids that spell the target's last token and a line break.
+      stop: set of ids that end an answer; None if it is complete by itself: an answer in a box, or the label of a
+        choice unless another label begins with it.
+      fused: set of ids that spell the target's last token and a line break or, after a box, anything.
       verify: the Verifier of this answer.
     Raises ValueError if the tokenizer does not fit the model or cannot write the answer, or the prompt is too long.
     """
@@ -209,24 +213,27 @@ class Sample:
             raise ValueError(f"the tokenizer cannot write the answer {problem.answer!r} of sample {problem.id}, only "
                              f"{written!r}; leave this sample out")
         complete = [label for label in problem.choices if label.startswith(problem.answer)] == [problem.answer]
-        self.stop = None if complete else tokenizer.stop
-        self.fused = tokenizer.fused(self.target[-1])
+        self.stop = None if complete or problem.form else tokenizer.stop
+        self.fused = tokenizer.closing(self.target[-1]) if problem.form else tokenizer.fused(self.target[-1])
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb, self.fused)
 
     def answer(self, chain):
         """The text that greedy decoding writes under a chain, and whether it is the correct answer."""
-        limit = len(self.target) if self.stop is None else max(32, len(self.target) + 1)
-        text = self.read(self.model.generate(self.prompt, chain, limit, self.stop, self.tokenizer.breaks))
+        boxed = self.problem.form is not None
+        limit = max(32, len(self.target) + 1) if self.stop or boxed else len(self.target)
+        last = {*self.tokenizer.breaks, *(self.tokenizer.braces if boxed else ())}
+        text = self.read(self.model.generate(self.prompt, chain, limit, self.stop, last))
         return text, data.exact_match(text, self.problem.answer)
 
     def read(self, ids):
-        """The answer that generated ids spell: their text up to a line break."""
-        return self.tokenizer.decode(ids).partition("\n")[0].strip()
+        """The answer that generated ids spell: their text up to a line break or, of a box, its closing brace."""
+        text = self.tokenizer.decode(ids).partition("\n")[0].strip()
+        return re.sub("}.*", "}", text) if self.problem.form else text
 
 
 def load_sample(args):
     """The Sample that the arguments ask for. Raises ValueError or OSError with one line that says what to do."""
-    problems = data.load(args.dataset, args.shots, args.split)
+    problems = data.load(args.dataset, args.shots, args.split, args.boxed)
     if not 0 <= args.sample_id < len(problems):
         raise ValueError(f"sample id {args.sample_id} is out of range; {args.dataset} has 0 to {len(problems) - 1}")
     return Sample(*load_checkpoint(args), problems[args.sample_id], args.cache_mb)
@@ -250,11 +257,11 @@ def say_chain(chain, n_layers):
     say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
 
 
-def search(args, score, n_layers, seed):
+def search(args, score, n_layers, seed, **options):
     """`mcts.search` with the settings that the arguments give."""
     return mcts.search(score, n_layers, simulations=args.simulations, seed=seed, depth_penalty=args.depth_penalty,
                        exploration=args.exploration, max_skip=args.max_skip, max_loop=args.max_loop, batch=args.batch,
-                       learn=args.search != "random", promise=args.search == "uct")
+                       learn=args.search != "random", promise=args.search == "uct", **options)
 
 
 def search_chain(args, sample):

@@ -53,6 +53,7 @@ class Problem:
       texts: what the labels stand for.
       level: its difficulty, if the dataset has levels.
       examples: worked examples to show before it, as Problems.
+      form: a prompt with {question} in it that asks for an answer in a box; None for the form above.
     """
     id: str
     question: str
@@ -61,12 +62,17 @@ class Problem:
     texts: tuple = ()
     level: int | None = None
     examples: tuple = ()
+    form: str | None = None
+
+    @property
+    def asked(self):
+        """The question in its form."""
+        return (self.form or "Question: {question}\nAnswer:").replace("{question}", self.question)
 
     @property
     def prompt(self):
         """The text to continue, for base models."""
-        solved = "".join(f"Question: {example.question}\nAnswer: {example.answer}\n\n" for example in self.examples)
-        return f"{solved}Question: {self.question}\nAnswer:"
+        return "".join(f"{example.asked} {example.answer}\n\n" for example in self.examples) + self.asked
 
     @property
     def messages(self):
@@ -74,7 +80,8 @@ class Problem:
         turns = []
         for problem in (*self.examples, self):
             instruction = f"Answer with the {'letter of the right choice' if problem.choices else 'final answer'} only."
-            turns += [{"role": "user", "content": f"{problem.question}\n{instruction}"},
+            content = problem.asked if problem.form else f"{problem.question}\n{instruction}"
+            turns += [{"role": "user", "content": content},
                       {"role": "assistant", "content": problem.answer}]
         return turns[:-1]
 
@@ -91,7 +98,7 @@ def listed(choices, texts):
     return "".join(f"\n{label}. {text}" for label, text in zip(choices, texts, strict=True))
 
 
-def load(dataset, shots=0, split=None):
+def load(dataset, shots=0, split=None, boxed=None):
     """All problems of a dataset; a sample id is a position in this list.
 
     Args:
@@ -99,6 +106,7 @@ def load(dataset, shots=0, split=None):
       shots: how many worked examples to put before each question: other problems of the dataset; for arithmetic,
         training problems.
       split: "train", "validation" or "test", for benchmarks that have several; None means "test".
+      boxed: the path of a prompt with {question} in it that asks for \\boxed{ANSWER}; None asks for the bare answer.
     Raises ValueError or OSError (including huggingface_hub's errors) that says what is wrong.
     """
     if not 0 <= shots <= 100:
@@ -111,6 +119,9 @@ def load(dataset, shots=0, split=None):
         pool = by_turns([arithmetic(level, shots + 1, test=False) for level in levels])
     else:
         problems = pool = read_dataset(dataset, split or "test")
+    if boxed is not None:
+        form = read_form(boxed)
+        problems, pool = ([in_box(problem, form) for problem in each] for each in (problems, pool))
     # One more than needed, because no problem is its own example.
     pool = [*{problem.question: problem for problem in pool}.values()][:shots + 1]
     if len(pool) <= shots:
@@ -129,6 +140,25 @@ def read_dataset(dataset, split):
     if Path(dataset).is_file():
         return read_jsonl(dataset)
     raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
+
+
+def read_form(path):
+    """The prompt in a file, without the line break at its end."""
+    try:
+        form = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except UnicodeError:
+        raise ValueError(f"{path} is not text in UTF-8; give a prompt with {{question}} in it") from None
+    if "{question}" not in form:
+        raise ValueError(f"{path} has no place for the question; write {{question}} there")
+    return form
+
+
+def in_box(problem, form):
+    """The problem in a form that asks for \\boxed{ANSWER}, which is complete at the closing brace."""
+    if problem.choices or set(problem.answer) & {*"{}"}:
+        what = "has choices" if problem.choices else f"has a brace in its answer {problem.answer!r}"
+        raise ValueError(f"sample {problem.id} {what}, which a box cannot hold; use a dataset without such samples")
+    return replace(problem, answer=f"\\boxed{{{problem.answer}}}", form=form)
 
 
 def exact_match(prediction, answer):
@@ -266,6 +296,7 @@ class Tokenizer:
       chat: whether it is applied.
       stop: set of ids that end an answer: end-of-text tokens, and line breaks preceded by white space only.
       breaks: {id: text before its line break} for every token with one; most vocabularies have some such as ")\\n".
+      braces: set of ids of the tokens with a closing brace.
     Raises ValueError, or OSError for a missing file, with one line that says what to do.
     """
 
@@ -301,6 +332,7 @@ class Tokenizer:
         self.texts = dict(zip(ids, texts))
         # Trailing white space before the line break does not matter to exact match.
         self.breaks = {i: text.partition("\n")[0].rstrip() for i, text in self.texts.items() if "\n" in text}
+        self.braces = {i for i, text in self.texts.items() if "}" in text}
         self.stop = {i for i, before in self.breaks.items() if not before}
         self.stop |= {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
 
@@ -324,6 +356,10 @@ class Tokenizer:
     def fused(self, token):
         """The tokens that spell this one and a line break, such as ")\\n" for ")"."""
         return {i for i, before in self.breaks.items() if before and before == self.texts[token].rstrip()}
+
+    def closing(self, token):
+        """The other tokens that begin with the text of this one, such as "}$" for "}"."""
+        return {i for i in self.braces if self.texts[i].startswith(self.texts[token])} - {token}
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)

@@ -101,9 +101,9 @@ class Search:
       table: {layer: {action: weight}}, counted in the elite; -1 is the beginning of a chain.
     """
 
-    def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, learn, promise):
+    def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, learn, promise):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
-        self.learn, self.promise, self.rng = learn, promise, random.Random(seed)
+        self.allowed, self.learn, self.promise, self.rng = allowed, learn, promise, random.Random(seed)
         self.stop = n_layers  # as if it were the layer after the last
         self.result, self.root, self.limit = Result({}, n_layers, depth_penalty), Node(), 2 * n_layers
         self.best, self.elite, self.table, self.policies = None, [], {}, {}
@@ -175,7 +175,7 @@ class Search:
         return path, actions
 
     def roll_out(self, actions, pending):
-        """Completes a prefix with the policy: a chain that is new and within the limit, or None after TRIES others."""
+        """Completes a prefix with the policy: a chain that is new, allowed and within the limit; None after TRIES."""
         for _ in range(TRIES):
             chain, last = [*actions], actions[-1] if actions else -1
             while last != self.stop and len(chain) <= self.limit:
@@ -184,7 +184,7 @@ class Search:
                 chain.append(last)
             chain = tuple(chain[:-1])
             known = chain in self.result.evaluated or chain in pending
-            if last == self.stop and len(chain) <= self.limit and not known:
+            if last == self.stop and len(chain) <= self.limit and not known and self.allowed(chain):
                 return chain
         return None
 
@@ -206,7 +206,7 @@ def back_up(path, value):
 
 
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
-           batch=8, learn=True, promise=True):
+           allowed=lambda chain: True, batch=8, learn=True, promise=True):
     """Searches for a chain of high reward; returns a Result.
 
     Args:
@@ -217,6 +217,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back; depth is 2 * n_layers at most.
+      allowed: callable, a complete chain to whether it may be evaluated; the full-depth chain always is. It should
+        allow many chains: the search may miss some of a few.
       batch: chains to score at a time; a pending one counts as a visit of value 0.
       learn, promise: two controls; False draws chains around the full-depth chain without a tree, or ignores promises.
     Raises ValueError for a number out of range, and for scores that are malformed or not one for each chain.
@@ -227,7 +229,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                                ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0)]:
         if not least <= value < math.inf:
             raise ValueError(f"{name} must be {least} or more, not {value}")
-    state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop, learn, promise)
+    state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, learn, promise)
     pending = {tuple(range(n_layers)): []}  # {chain: the nodes on the way to it}, to be scored together
     while pending:
         scores = list(score([*pending]))
@@ -241,6 +243,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
             back_up(path, state.value(chain))
         pending, fruitless = {}, 0
         while len(pending) < min(batch, simulations - len(state.result.evaluated)):
+            if fruitless >= 1000 * batch:  # it seems that no allowed chain is left
+                state.root.closed, fruitless = True, 0
             if state.root.closed and not pending and state.limit < 2 * n_layers:
                 state.root, state.limit = Node(), 2 * n_layers  # nothing better is left: on to deeper chains
             if state.root.closed or fruitless >= 50 * batch and (pending or not learn):

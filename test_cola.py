@@ -159,13 +159,17 @@ def test_a_verdict_is_generate_and_exact_match(tiny):
     assert min(verdicts[True], verdicts[False]) > 40
 
 
-def fuse(folder, *tokens):
-    """Tiny, with a vocabulary that has these texts as single tokens, as those of Qwen and Llama 3 have ")\\n\\n"."""
+def fuse(folder, *tokens, instead=None):
+    """Tiny, with a vocabulary that has these texts as single tokens, as those of Qwen and Llama 3 have ")\\n\\n".
+
+    It writes them instead of their first letters, or of the letters given.
+    """
     tokenizer = Tokenizer.from_file(str(cola.TINY / "tokenizer.json"))
     tokenizer.add_tokens([*tokens])
     weights = tiny_tensors()
     embedding = weights["model.embed_tokens.weight"]
-    rows = [embedding[tokenizer.encode(token[0]).ids[0]] * 1.5 for token in tokens]  # they win over their first letter
+    instead = instead or [token[0] for token in tokens]
+    rows = [embedding[tokenizer.encode(letter).ids[0]] * 1.5 for letter in instead]  # they win over these letters
     weights["model.embed_tokens.weight"] = torch.cat((embedding, torch.stack(rows)))
     write_checkpoint(folder, weights, vocab_size=len(embedding) + len(tokens))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -2163,3 +2167,113 @@ def test_the_code_that_the_readme_quotes_is_the_code():
 def test_what_the_readme_tells_forks_to_do_works(code):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout, done.stderr
+
+
+# Training data of PoLar and Dr.LLM: chains that PoLar can read, answers in a box.
+
+def rows_of_blocks(n_layers, first=0):
+    """All chains of blocks of up to 4 layers, each skipped, run, or run twice."""
+    if first == n_layers:
+        return {()}
+    return {times * (*range(first, end),) + rest for end in range(first + 1, min(first + 4, n_layers) + 1)
+            for times in range(3) for rest in rows_of_blocks(n_layers, end)}
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 5])
+def test_polar_reads_rows_of_blocks_and_nothing_else(n_layers):
+    space = rows_of_blocks(n_layers)
+    for depth in range(7):
+        for chain in itertools.product(range(n_layers), repeat=depth):
+            assert common.readable(chain) == (chain in space)
+    assert all(common.readable([*chain]) for chain in space)
+
+
+def test_a_search_of_allowed_chains_evaluates_no_other_and_ends():
+    def score(chains):
+        return [(len(chain) % 3 == 0, -1.0) for chain in chains]
+    for learn in (True, False):
+        evaluated = mcts.search(score, 12, 300, allowed=common.readable, learn=learn).evaluated
+        assert len(evaluated) == 300 and all(map(common.readable, evaluated))
+        assert [*mcts.search(score, 12, allowed=lambda chain: False, learn=learn).evaluated] == [(*range(12),)]
+    assert set(mcts.search(score, 3, 10**6, allowed=common.readable).evaluated) == rows_of_blocks(3)
+
+
+def test_a_study_for_polar_holds_only_chains_that_it_reads(tmp_path, capsys):
+    run_study(tmp_path / "a.jsonl", "--polar", "--no-decoy", "--reorder=0")
+    lines = lines_of(tmp_path / "a.jsonl")
+    assert all(line["settings"]["polar"] for line in lines)
+    assert all(common.readable(chain) for line in lines for field in report.CHAINS for chain in line[field])
+    report.main(report.parser().parse_args([str(tmp_path / "a.jsonl"), "--polar", str(tmp_path / "data")]))
+    assert ": 0 of " in capsys.readouterr().err
+
+
+def test_the_report_leaves_out_what_polar_cannot_read_and_counts_it(tmp_path, capsys):
+    line = a_line(0, True, [3, 1]) | {"final_invalid_transitions": [[0, 0, 0], [2], [1, 0]], "gt_ans": "\\boxed{1}"}
+    write_lines(tmp_path / "a.jsonl", [line])
+    report.main(report.parser().parse_args([str(tmp_path / "a.jsonl"), "--polar", str(tmp_path / "data")]))
+    sample, = json.loads(next(tmp_path.glob("data/**/*.json")).read_text())["samples"]
+    assert [sample[field] for field in report.CHAINS] == [[[0, 1, 2, 3]], [[2]]] and sample["gt_ans"] == "1"
+    assert "1 of 2 valid chains, 2 of 3 invalid ones" in capsys.readouterr().err
+
+
+def test_the_report_writes_what_drllm_trains_on(tmp_path):
+    chains = [[[0, 1, 2, 3], [0, 1, 1, 3, 3], [1, 0], [2, 2, 2]], [[0, 1, 0]]]
+    lines = [a_line(i, i == 0, [3]) | {"final_valid_transitions": valid} for i, valid in enumerate(chains)]
+    report.main(report.parser().parse_args([str(write_lines(tmp_path / "a.jsonl", lines)), "--drllm", str(tmp_path)]))
+    assert json.loads((tmp_path / "org--m-math.json").read_text()) == {
+        "model_name": "org/m", "dataset": "math.jsonl", "questions": ["Q"], "best_path": [[0, 1, 2, 3]],
+        "best_response": ["1"], "original_correct": [1]}
+
+
+@pytest.mark.parametrize("option, says", [("--polar", "scripts.study --polar"), ("--drllm", "--simulations")])
+def test_a_study_without_a_usable_chain_overwrites_nothing(option, says, tmp_path, capsys):
+    lines = [a_line(0, False, [3, 1]), a_line(1, False, None)]
+    for folder in "org/m/dart-math-diff-1/merged_mcts_samples.json", "org--m-math.json":
+        (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder).write_text("old")
+    args = report.parser().parse_args([str(write_lines(tmp_path / "a.jsonl", lines)), option, str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        cola.exit_on_error("report", report.main, args)
+    err = capsys.readouterr().err
+    assert err.startswith("report: ") and err.count("\n") == 1 and says in err
+    assert {file.read_text() for file in tmp_path.glob("**/*.json")} == {"old"}
+
+
+def write_form(tmp_path, text="Question: {question}\nAnswer:\n"):
+    (tmp_path / "form.txt").write_text(text)
+    return tmp_path / "form.txt"
+
+
+def test_a_form_asks_for_a_box_of_a_base_model_and_of_a_chat_model(tmp_path):
+    form = write_form(tmp_path, "Put it in \\boxed{ANSWER}.\n{question}\nAnswer:\n")
+    bad_rows(tmp_path, "\n".join('{"question": "%d + 1?", "answer": %d}' % (i, i + 1) for i in (1, 2)))
+    problem = data.load(str(tmp_path / "rows.jsonl"), shots=1, boxed=form)[0]
+    example, question = ("Put it in \\boxed{ANSWER}.\n%d + 1?\nAnswer:" % i for i in (2, 1))
+    assert problem.prompt == f"{example} \\boxed{{3}}\n\n{question}" and problem.answer == "\\boxed{2}"
+    assert [turn["content"] for turn in problem.messages] == [example, "\\boxed{3}", question]
+
+
+def test_an_answer_in_a_box_is_complete_at_the_closing_brace(tmp_path):
+    model, tokenizer = fuse(tmp_path / "model", " \\boxed{", "}$", instead=[" ", "<|endoftext|>"])
+    rng, verdicts = random.Random(0), Counter()
+    for problem in data.load("arithmetic-1", boxed=write_form(tmp_path))[:20]:
+        sample = cola.Sample(model, tokenizer, problem)
+        chains = [tuple(range(12)), *(random_chain(rng, 12) for _ in range(5))]
+        for chain, verdict in zip(chains, sample.verify(chains)):
+            written = tokenizer.decode(model.generate(sample.prompt, chain, 6))  # goes on after the box
+            assert verdict == written.startswith(f" {problem.answer}") == sample.answer(chain)[1]
+            verdicts[verdict, "}$" in written] += 1
+    assert verdicts[True, True] >= 10 and verdicts[False, True] >= 10
+
+
+@pytest.mark.parametrize("says, form, row", [
+    ("brace in its answer '{1}', which", "{question}", '{"question": "Q", "answer": "{1}"}'),
+    ("has choices, which", "{question}", ARC % "A"), ("write {question} there", "Q?", ARC % "A")])
+def test_what_a_form_cannot_ask_ends_in_one_line_and_exit_code_2(says, form, row, tmp_path, capsys):
+    (tmp_path / "out.jsonl").write_text("old")
+    args = ["--boxed", str(write_form(tmp_path, form)), "--out", str(tmp_path / "out.jsonl"), "--samples=0:1"]
+    with pytest.raises(SystemExit, match="2"):
+        cola.exit_on_error("study", study.main, study.parser().parse_args([*args, *map(str, bad_rows(tmp_path, row))]))
+    err = capsys.readouterr().err
+    assert err.startswith("study: ") and err.count("\n") == 1 and says in err
+    assert (tmp_path / "out.jsonl").read_text() == "old"

@@ -73,6 +73,19 @@ def lift(pairs):
     return f"{100 * (p - q):+.1f} points ({100 * (p - q - down):+.0f} to {100 * (p - q + up):+.0f})"
 
 
+def readable(chain):
+    """Whether PoLar can read a chain: blocks of 1 to 4 layers in the model's order, each skipped, run, or run twice."""
+    chain, done = tuple(chain), 0  # the layers below `done` have had their turn
+    while chain:
+        if chain[0] < done:
+            return False
+        block = range(chain[0], chain[0] + 4)
+        size = next((size for size in range(1, 5) if chain[:2 * size] == 2 * (*block[:size],)), 0)
+        done = chain[0] + max(1, size)
+        chain = chain[max(1, 2 * size):]
+    return True
+
+
 # The lines of scripts/study.py.
 
 FIELDS = {"sample", "id", "level", "question", "gt_ans", "initial_score", "prediction", "best", "best_prediction",

@@ -106,7 +106,7 @@ def decoy_of(tokenizer, problem, problems, prediction, seed):
 
 
 def main(args):
-    problems = data.load(args.dataset, args.shots, args.split)
+    problems = data.load(args.dataset, args.shots, args.split, args.boxed)
     samples = common.parse_samples(args.samples, len(problems))
     model, tokenizer = cola.load_checkpoint(args)
     full = tuple(range(len(model.layers)))

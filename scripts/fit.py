@@ -111,7 +111,7 @@ def parser():
 
 
 def main(args):
-    problems = data.load(args.dataset, args.shots, args.split)
+    problems = data.load(args.dataset, args.shots, args.split, args.boxed)
     fit, test = (common.parse_samples(text, len(problems)) for text in (args.fit, args.test))
     if {*fit} & {*test}:
         raise ValueError(f"--fit {args.fit} and --test {args.test} have samples in common; keep them apart")

@@ -2,7 +2,8 @@
 
     python -m scripts.report runs/*.jsonl
     python -m scripts.report runs/math.jsonl --levels
-    python -m scripts.report runs/math.jsonl --polar data
+    python -m scripts.report runs/math.jsonl --polar PoLar/data
+    python -m scripts.report runs/math.jsonl --drllm dr-llm/data/train
 
 Files that the processes of one study wrote are read together, and a sample that occurs twice counts once.
 
@@ -22,9 +23,13 @@ Other questions: how often the best chain and the full model answer them correct
 
 Intervals are 95 %: Wilson for a share, normal for a mean (after ±), Newcombe's of paired shares for the lift.
 
---polar writes the same lines as training data of PoLar (github.com/tianyi-lab/PoLar), for its --data_root: a file for
-each of its difficulties, the levels 1 to 5; samples without a level go under their dataset's name. Its loader ignores
-chains that are not made of blocks of up to 4 layers skipped, kept or run twice.
+--polar writes training data for PoLar (github.com/tianyi-lab/PoLar), to be its --data_root: a file for each of its
+difficulties, the levels 1 to 5; samples without a level go under their dataset's name. PoLar reads a chain only if it
+consists of blocks of 1 to 4 layers in the model's order, each skipped, run once or run twice; others are left out.
+
+--drllm writes training data for Dr.LLM (github.com/parameterlab/dr-llm), a file for each model and dataset: for each
+sample the shortest correct chain that runs the layers in the model's order, each at most twice in a row. Its routers
+can choose no other.
 """
 import json
 import sys
@@ -35,12 +40,14 @@ import cola
 from scripts import common
 from scripts.common import lift, mean, share
 
+CHAINS = "final_valid_transitions", "final_invalid_transitions"
 
 def parser():
     p = cola.Parser("python -m scripts.report", __doc__)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what scripts.study wrote, .jsonl or .jsonl.gz")
     p.add_argument("--levels", action="store_true", help="one row per level of each study")
-    p.add_argument("--polar", type=Path, metavar="DIR", help="also write training data of PoLar here")
+    p.add_argument("--polar", type=Path, metavar="DIR", help="also write training data for PoLar here")
+    p.add_argument("--drllm", type=Path, metavar="DIR", help="also write training data for Dr.LLM here")
     return p
 
 
@@ -106,22 +113,65 @@ def other_questions(lines):
             for who, field in (("best chain", "right"), ("full model", "full_right"))}
 
 
+def bare(answer):
+    """The answer without its box: PoLar and Dr.LLM compare it with what stands in the model's box."""
+    return answer.removeprefix("\\boxed{").removesuffix("}") if answer.startswith("\\boxed{") else answer
+
+
+def write_json(files):
+    """Writes {path: content}."""
+    for file, content in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content), encoding="utf-8")
+
+
 def write_polar(folder, lines):
-    samples = {}
+    files = {}
     for line in lines:
         diff, settings = line["level"], line["settings"]
         name = f"dart-math-diff-{diff}" if diff in range(1, 6) else settings["dataset"].removesuffix(".jsonl")
-        samples.setdefault(folder / settings["model"] / name / "merged_mcts_samples.json", []).append(
-            {field: line[field] for field in ("id", "question", "gt_ans", "initial_score", "final_valid_transitions",
-                                              "final_invalid_transitions")})
-    for file in samples:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"samples": samples[file]}), encoding="utf-8")
-        print(f"{file}: {len(samples[file])} samples", file=sys.stderr)
+        file = files.setdefault(folder / settings["model"] / name / "merged_mcts_samples.json", {"samples": []})
+        file["samples"].append({"id": line["id"], "question": line["question"], "gt_ans": bare(line["gt_ans"]),
+                                "initial_score": line["initial_score"]}
+                               | {field: [*filter(common.readable, line[field])] for field in CHAINS})
+    samples = [sample for file in files.values() for sample in file["samples"]]
+    kept, found = ([sum(len(line[field]) for line in of) for field in CHAINS] for of in (samples, lines))
+    if not kept[0]:
+        raise ValueError("PoLar can read none of the correct chains; search among those that it can read: "
+                         "python -m scripts.study --polar")
+    write_json(files)
+    for file, content in files.items():
+        print(f"{file}: {len(content['samples'])} samples", file=sys.stderr)
+    print(f"left out, as PoLar cannot read them: {found[0] - kept[0]} of {found[0]} valid chains, "
+          f"{found[1] - kept[1]} of {found[1]} invalid ones", file=sys.stderr)
+
+
+def write_drllm(folder, lines):
+    files, taken = {}, 0
+    for line in lines:
+        chains = [chain for chain in line["final_valid_transitions"]
+                  if chain == sorted(chain) and all(chain.count(layer) <= 2 for layer in chain)]
+        if chains:
+            settings, taken = line["settings"], taken + 1
+            name = f"{settings['model']}-{settings['dataset'].removesuffix('.jsonl')}.json".replace("/", "--")
+            file = files.setdefault(folder / name, {
+                "model_name": settings["model"], "dataset": settings["dataset"], "questions": [], "best_path": [],
+                "best_response": [], "original_correct": []})
+            for field, value in [("questions", line["question"]), ("best_path", min(chains, key=len)),
+                                 ("best_response", bare(line["gt_ans"])),
+                                 ("original_correct", int(line["initial_score"]))]:
+                file[field].append(value)
+    if not files:
+        raise ValueError("Dr.LLM can use none of the correct chains; search with more --simulations")
+    write_json(files)
+    for file, content in files.items():
+        print(f"{file}: {len(content['questions'])} samples", file=sys.stderr)
+    print(f"left out, as they have no chain that Dr.LLM can use: {len(lines) - taken} samples", file=sys.stderr)
 
 
 def main(args):
     studies = common.studies(args.files)
+    all_lines = [line for lines in studies.values() for line in lines]
     if args.levels:
         studies = {f"{title}, level {level}": [line for line in lines if line["level"] == level]
                    for title, lines in studies.items() for level in sorted({line["level"] for line in lines}, key=str)}
@@ -132,7 +182,9 @@ def main(args):
             print(f"| {title} | {' | '.join(table(lines).values())} |")
         print()
     if args.polar:
-        write_polar(args.polar, [line for lines in studies.values() for line in lines])
+        write_polar(args.polar, all_lines)
+    if args.drllm:
+        write_drllm(args.drllm, all_lines)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ do not communicate, and their number may change. What a search finds may be luck
     model's; or the answer to another problem of the same level, with as many tokens.
   reorder: whether the best chain is correct elsewhere, and whether the full model is: with the choices in another order
     or, for free answers, on the next problems of the same level (skipping those too long for the model).
+With --polar the search evaluates only chains that PoLar can read (see scripts.report).
+
 A sample's seed is its id plus --seed. scripts.report and scripts.figures read the lines.
 """
 import json
@@ -37,6 +39,7 @@ def parser():
                        help="samples to search (default: %(default)s)")
     study.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines, such as runs/arc.jsonl")
     study.add_argument("--no-decoy", action="store_true", help="leave this control out")
+    study.add_argument("--polar", action="store_true", help="search only chains that PoLar's training data can hold")
     study.add_argument("--reorder", type=cola.at_least(0), default=3, metavar="K",
                        help="other orders, or problems, to try the best chain on (default: %(default)s)")
     return p
@@ -75,7 +78,8 @@ def search(args, model, tokenizer, problem, seed):
     """
     sample, full = cola.Sample(model, tokenizer, problem, args.cache_mb), tuple(range(len(model.layers)))
     prediction, full_correct = sample.answer(full)
-    result = cola.search(args, sample.verify.score, len(full), seed)
+    options = {"allowed": common.readable} if args.polar else {}
+    result = cola.search(args, sample.verify.score, len(full), seed, **options)
     result.evaluated[full] = full_correct  # plain generation has the last word, on this chain and on the best one
     for best in result.correct():
         text, correct = sample.answer(best)
@@ -123,7 +127,9 @@ def settings_of(args, model, tokenizer):
     settings = {name: getattr(args, name) for name in (
         "model", "revision", "dataset", "shots", "split", "search", "simulations", "depth_penalty", "exploration",
         "max_skip", "max_loop", "batch", "seed", "reorder")}
-    for name in ("model", "dataset"):
+    # These two came later: recorded if given, so that studies made before can be resumed.
+    settings |= {name: value for name in ("boxed", "polar") if (value := getattr(args, name))}
+    for name in {"model", "dataset", "boxed"} & settings.keys():
         if Path(settings[name]).exists():
             settings[name] = Path(settings[name]).absolute().name
     return settings | {"decoy": not args.no_decoy, "chat": tokenizer.chat, "date": f"{data.DATE:%Y-%m-%d}",
@@ -137,7 +143,7 @@ def main(args):
         raise ValueError(f"--out must be a name without .gz, not {args.out}")
     if ranks > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
         args.device = f"cuda:{local_rank}"
-    problems = data.load(args.dataset, args.shots, args.split)
+    problems = data.load(args.dataset, args.shots, args.split, args.boxed)
     samples = common.parse_samples(args.samples, len(problems))[rank::ranks]
     model, tokenizer = cola.load_checkpoint(args)
     settings = settings_of(args, model, tokenizer)

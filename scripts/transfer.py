@@ -40,7 +40,7 @@ def main(args):
         args.revision = None if Path(args.model).is_dir() else settings["revision"]  # a folder has none
         args.no_chat = not settings["chat"]
         model, tokenizer = cola.load_checkpoint(args)
-        problems = data.load(args.dataset, settings["shots"], settings["split"])
+        problems = data.load(args.dataset, settings["shots"], settings["split"], settings.get("boxed"))
         samples = [line["sample"] for line in lines]
         for line in lines:
             if line["sample"] >= len(problems) or problems[line["sample"]].question != line["question"]:
