@@ -33,9 +33,8 @@ class Result:
     """What a search found.
 
     Attributes:
-      evaluated: {chain: score} in order of evaluation, the full-depth chain first.
+      evaluated, promises: {chain: score} and {chain: promise}, in order of evaluation, the full-depth chain first.
       n_layers, depth_penalty: as given to `search`.
-      promises: {chain: promise}, for scores that come with one.
     """
     evaluated: dict
     n_layers: int
@@ -95,10 +94,9 @@ class Search:
     """The tree, the policy and the result of one search; arguments as for `search`. An action is a layer or `stop`.
 
     Attributes:
-      best: the correct chain with the highest reward so far, or None.
-      limit: the depth beyond which not even a full score would beat `best` (branch and bound).
+      limit: the depth beyond which not even a full score would beat the best chain so far (branch and bound).
       elite: the ELITE chains of highest value that are no deeper than `limit` + 1.
-      table: {layer: {action: weight}}, counted in the elite; -1 is the beginning of a chain.
+      table: {layer (-1 at the beginning): {action: weight}}, counted in the elite.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, learn, promise):
@@ -106,7 +104,7 @@ class Search:
         self.allowed, self.learn, self.promise, self.rng = allowed, learn, promise, random.Random(seed)
         self.stop = n_layers  # as if it were the layer after the last
         self.result, self.root, self.limit = Result({}, n_layers, depth_penalty), Node(), 2 * n_layers
-        self.best, self.elite, self.table, self.policies = None, [], {}, {}
+        self.elite, self.table, self.policies = [], {}, {}
 
     def window(self, last):
         """The layers that may be appended after the layer `last` (-1 at the beginning)."""
@@ -121,15 +119,13 @@ class Search:
         return self.result.reward(chain) - self.result.evaluated[chain] + self.worth(chain)
 
     def record(self, chain, score, promise):
-        """Adds a chain to the result; a new best one lowers the limit."""
-        reward, penalty, n = self.result.reward, self.result.depth_penalty, self.n_layers
+        """Adds a chain to the result; a correct one may lower the limit."""
         self.result.evaluated[chain] = score
         if promise is not None and self.promise:
             self.result.promises[chain] = promise
-        if score > 0 and self.learn and (self.best is None or reward(chain) > reward(self.best)):
-            self.best = chain
-            if penalty:  # less than the depth at which a full score has the reward of the best
-                self.limit = math.ceil(min(2 * n + 1, (1 - reward(chain)) * n / penalty - 1e-6)) - 1
+        if score > 0 and self.learn and self.result.depth_penalty:  # a full score has the same reward at this depth:
+            depth = (1 - self.result.reward(chain)) * self.n_layers / self.result.depth_penalty
+            self.limit = math.ceil(min(self.limit + 1, depth - 1e-6)) - 1
 
     def update_policy(self, chains):
         """Counts the elite's transitions anew, now that these chains are evaluated."""
@@ -142,10 +138,7 @@ class Search:
                     self.table.setdefault(last, defaultdict(float))[action] += weight
 
     def policy(self, last):
-        """The policy after a layer (-1: at the beginning): {action: probability}, most likely first.
-
-        Its actions and their cumulative probabilities, for drawing, come with it.
-        """
+        """The policy after a layer: {action: probability}, most likely first; its actions; the cumulative sums."""
         if last not in self.policies:
             row, departure = self.table.get(last, {last + 1: 1}), min(0.5, DEPARTURES / self.n_layers)
             total, priors = sum(row.values()), defaultdict(float)
@@ -188,6 +181,10 @@ class Search:
                 return chain
         return None
 
+    def back_up(self, path, value):
+        for node in path:
+            node.value += value
+
 
 def split(chain, score):
     """A score as (number, promise or None), or ValueError."""
@@ -196,13 +193,7 @@ def split(chain, score):
             return number, promise
         case Real() if 0 <= score <= 1:  # false for NaN
             return score, None
-    raise ValueError(f"the score of chain {list(chain)} is {score!r}; return a number from 0 to 1, alone or with a "
-                     "promise, a log-probability")
-
-
-def back_up(path, value):
-    for node in path:
-        node.value += value
+    raise ValueError(f"the score of chain {list(chain)} is {score!r}; return a number in [0, 1], or it and a promise")
 
 
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
@@ -234,13 +225,13 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
     while pending:
         scores = list(score([*pending]))
         if len(scores) != len(pending):
-            first = list(next(iter(pending)))
-            raise ValueError(f"{len(scores)} scores for the {len(pending)} chains from {first} on; return one for each")
+            chains = [*map(list, pending)]
+            raise ValueError(f"{len(scores)} scores for {len(chains)} chains from {chains[0]} on; return one for each")
         for chain, chain_score in zip(pending, scores):
             state.record(chain, *split(chain, chain_score))
         state.update_policy(pending)
         for chain, path in pending.items():
-            back_up(path, state.value(chain))
+            state.back_up(path, state.value(chain))
         pending, fruitless = {}, 0
         while len(pending) < min(batch, simulations - len(state.result.evaluated)):
             if fruitless >= 1000 * batch:  # it seems that no allowed chain is left
@@ -255,5 +246,5 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                 pending[chain] = path
             else:
                 fruitless += 1
-                back_up(path, -depth_penalty * state.limit / n_layers)  # the lowest value there is
+                state.back_up(path, -depth_penalty * state.limit / n_layers)  # the lowest value there is
     return state.result
