@@ -45,19 +45,20 @@ def layer_use(studies):
     for panel, model, tasks in panels:
         lines = [line for task in tasks.values() for line in task if line["best"] is not None]
         layers = range(lines[0]["n_layers"] if lines else 0)
-        for correct, style in ((True, "-"), (False, "--")):
-            chains = [line["best"] for line in lines if bool(line["initial_score"]) == correct]
-            kind = f"{len(chains)} {'correct' if correct else 'corrected'}"
+        counts = []
+        for kind, style in (("correct", "-"), ("corrected", "--")):
+            chains = [line["best"] for line in lines if bool(line["initial_score"]) == (kind == "correct")]
+            counts.append(f"{len(chains)} {kind}")
             for verb, color, times in (("skip", BLUE, (0,)), ("loop", ORANGE, range(2, 99))):
                 hits = [sum(chain.count(layer) in times for chain in chains) for layer in layers]
                 if chains:
                     panel.plot(layers, [hit / len(chains) for hit in hits], style, color=color, linewidth=1.2,
-                               label=f"{verb}, {kind}")
+                               label=f"{verb}, {kind} samples")
                     panel.fill_between(layers, *zip(*(common.wilson(hit, len(chains)) for hit in hits)), color=color,
                                        alpha=0.15, linewidth=0)
         panel.locator_params("x", nbins=6, integer=True)
-        panel.set(title=model, xlabel="layer", ylim=(0, 1))
-        panel.legend(frameon=False, fontsize=7)
+        panel.set(title=f"{model}\n{', '.join(counts)}", xlabel="layer", ylim=(0, 1))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.supylabel("share of best chains")
     return figure
 
