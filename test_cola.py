@@ -1066,6 +1066,9 @@ def test_an_exported_chain_is_an_ordinary_checkpoint(tiny, capsys, tmp_path):
     assert data.Tokenizer(tmp_path / "new").stop == tiny[1].stop
     card = (tmp_path / "new" / "README.md").read_text()
     assert "`0-1,3,3,2,4-8,8-9,11`" in card and "base_model" not in card and str(cola.TINY.parent) not in card
+    assert all(f"\nIn {engine}" in card for engine in ("transformers", "llama.cpp", "vLLM"))
+    for code in re.findall("```python\n(.*?)```", card, re.DOTALL):
+        compile(code, "card", "exec")
 
 
 def test_an_export_from_the_hub_names_its_base(capsys, monkeypatch, tmp_path):
@@ -1157,9 +1160,12 @@ def test_what_cannot_be_exported_ends_in_one_line(says, arguments, capsys, monke
     (tmp_path / "broken" / "model.safetensors").write_bytes((tmp_path / "old" / "model.safetensors").read_bytes()[:-9])
     save_tensors({name: weight for name, weight in tiny_tensors().items() if "layers.3." not in name},
                  tmp_path / "lacking" / "model.safetensors")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     code, out, err = run_export(capsys, "--chain", "0-5", "--out", "new", *arguments)
     assert code == 2 and err.startswith("export: ") and err.count("\n") == 1 and says in err
-    assert not (tmp_path / "new" / "config.json").exists() and [*(tmp_path / "full").glob("README.md")] == []
+    assert not (tmp_path / "new" / "config.json").exists()
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert {file for file in (tmp_path / "full").iterdir()} <= {*before}
 
 
 # cola.py
@@ -2072,6 +2078,9 @@ def test_a_fitted_chain_is_tested_on_samples_it_never_saw(level, tiny, tmp_path,
         right = [sample.verify([chain])[0] for sample in samples]
         assert [len(chain), f"{sum(right[:40]) / 40:.1%}", common.share(right[40:])] == [int(depth), of_fit, of_test]
     assert Config.from_json(tmp_path / "new" / "config.json").num_hidden_layers == int(rows[1][1])
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert f"the task arithmetic-{level} on samples 0:40" in card and "50 test samples, 40:90" in card
+    assert f"it answers {rows[1][3]} correctly" in card and f"the full chain {rows[0][3]};" in card
 
 
 def test_fit_and_test_samples_are_kept_apart():

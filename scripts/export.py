@@ -30,11 +30,32 @@ pipeline_tag: text-generation
 The layers of {source} in the order `{chain}`, counted from 0: {explained}. It has {steps} layers and {here:.2f} M
 parameters, the source {layers} and {before:.2f} M. No weight was changed, so the source's licence holds.{note}
 
+In transformers:
+
 ```python
 from transformers import pipeline
 write = pipeline("text-generation", "path/to/{name}")
 print(write("What is 12 + 7?", max_new_tokens=32, do_sample=False)[0]["generated_text"])
 ```
+
+In llama.cpp, whose converter has to know the tokenizer:
+
+```sh
+python convert_hf_to_gguf.py path/to/{name} --outtype f32 --outfile {name}.gguf
+llama-completion -m {name}.gguf -no-cnv -p "What is 12 + 7?" -n 32 --temp 0
+```
+
+In vLLM:
+
+```python
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":  # vLLM starts processes of its own
+    model = LLM("path/to/{name}")
+    print(model.generate("What is 12 + 7?", SamplingParams(temperature=0, max_tokens=32))[0].outputs[0].text)
+```
+
+A chat model answers better in its chat template: give messages to the pipeline, and to `model.chat` in vLLM; in
+llama.cpp leave out `-no-cnv`.
 
 Written by scripts/export.py of a reference implementation of CoLa, chains of layers (arXiv 2507.07996).
 """

@@ -16,6 +16,7 @@ by their results would be fitting once more.
 import math
 import random
 import time
+from pathlib import Path
 
 import cola  # before torch, as it silences a warning
 from tqdm import tqdm
@@ -144,9 +145,11 @@ def main(args):
         print(f"| {label} {cola.format_chain(chain)} | {len(chain)} | {score.share(chain):.1%} "
               f"| {common.share(right[chain])} | {gain} |")
     if args.export:
+        task, form = Path(args.dataset).name, "chat" if tokenizer.chat else "plain"
         export(args.model, cola.format_chain(front[0]), args.export, args.revision,
-               f"It was fitted on {len(fit)} samples of {args.dataset}; on {len(test)} others it gets "
-               f"{sum(right[front[0]])} right, the full chain {sum(right[full])}.")
+               f"It was fitted to the task {task} on samples {args.fit}, with {form} prompts of {args.shots} shots. "
+               f"Of the {len(test)} test samples, {args.test}, it answers {common.share(right[front[0]])} correctly "
+               f"by exact match, the full chain {common.share(right[full])}; in brackets 95 % intervals.")
 
 
 if __name__ == "__main__":
