@@ -1067,6 +1067,7 @@ def test_an_exported_chain_is_an_ordinary_checkpoint(tiny, capsys, tmp_path):
     card = (tmp_path / "new" / "README.md").read_text()
     assert "`0-1,3,3,2,4-8,8-9,11`" in card and "base_model" not in card and str(cola.TINY.parent) not in card
     assert all(f"\nIn {engine}" in card for engine in ("transformers", "llama.cpp", "vLLM"))
+    assert "model.generate(" in card and " -no-cnv " in card
     for code in re.findall("```python\n(.*?)```", card, re.DOTALL):
         compile(code, "card", "exec")
 
@@ -1079,6 +1080,7 @@ def test_an_export_from_the_hub_names_its_base(capsys, monkeypatch, tmp_path):
     assert run_export(capsys, "--model", "org/name", "--chain", "3", "--out", tmp_path / "new")[::2] == (None, "")
     card = (tmp_path / "new" / "README.md").read_text()
     assert "\nbase_model: org/name\n" in card and "0123abc" in card and str(tmp_path) not in card
+    assert "model.chat(" in card and "-no-cnv" not in card  # for it has a chat template
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == sorted(
         [file.name for file in commit.iterdir()] + ["README.md"])
     export.export(commit, "3", tmp_path / "noted", note="Fitted on 64 sums.")
