@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import data
 import mcts
 from model import TaskVerifier, Config, KVCache, Llama, Verifier
-from scripts import bench, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
+from scripts import bench, common, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
 from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
@@ -314,14 +314,14 @@ def test_an_answer_goes_on_where_the_prompt_ends(template, end, answer, written,
     assert prompt.endswith(end) and target == written
 
 
-def fuse(folder):
-    """Tiny with a token for each digit and a line break, as vocabularies of Qwen and Llama 3 have ")\\n\\n"."""
+def fuse(folder, fused={f"{digit}\n\n": f"{digit}" for digit in range(10)}):
+    """Tiny with more tokens, {text: what it replaces}, such as ")\\n\\n" in the vocabularies of Qwen and Llama 3."""
     tokenizer, tensors = Tokenizer.from_file(str(cola.TINY / "tokenizer.json")), tiny_tensors()
     embedding = tensors["model.embed_tokens.weight"]
-    rows = [embedding[tokenizer.encode(digit).ids] * 1.5 for digit in "0123456789"]  # wins over the bare digit
-    tokenizer.add_tokens([f"{digit}\n\n" for digit in range(10)])
+    rows = [embedding[tokenizer.encode(text).ids] * 1.5 for text in fused.values()]  # wins over the text replaced
+    tokenizer.add_tokens([*fused])
     checkpoint(folder, tensors={"model.embed_tokens.weight": torch.cat((embedding, *rows))},
-               vocab_size=len(embedding) + 10)
+               vocab_size=len(embedding) + len(rows))
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -1489,6 +1489,9 @@ def test_a_fitted_chain_is_tested_on_samples_it_never_saw(level, tiny, tmp_path,
         assert (len(chain), f"{sum(correct[:40]) / 40:.1%}") == (int(depth), of_fit)
         assert of_test.startswith(f"{sum(correct[40:]) / 50:.1%} (")
     assert Config.from_json(tmp_path / "new" / "config.json").num_hidden_layers == int(table(out)[1][1])
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert all(f"{row[3]} correct" in card or f"{row[3]} (exact" in card for row in table(out)[:2])
+    assert f"arithmetic-{level} on samples 0:40" in card and "50 other samples, 40:90" in card
 
 
 def test_what_would_fail_after_a_fit_is_refused_before_it(refused, monkeypatch, tmp_path):
@@ -1531,6 +1534,7 @@ def test_an_exported_chain_is_an_ordinary_checkpoint(tiny, command, monkeypatch,
     assert data.Tokenizer(tmp_path / "new").stop == tiny[1].stop
     card = (tmp_path / "new" / "README.md").read_text()
     assert "`0-1,3,3,2,4-8,8-9,11`" in card and "base_model" not in card and str(ROOT) not in card
+    assert all(f"\nIn {engine}" in card for engine in ("transformers", "llama.cpp", "vLLM")) and "generate(" in card
 
     names = ("chat_template.jinja", "generation_config.json", "vocab.json", "LICENSE")
     commit = checkpoint(tmp_path / "0123abc", dict.fromkeys(names, "text"))
@@ -1538,6 +1542,7 @@ def test_an_exported_chain_is_an_ordinary_checkpoint(tiny, command, monkeypatch,
     assert command(export, "--model", "org/name", "--chain", "3", "--out", tmp_path / "hub")[::2] == (None, "")
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "\nbase_model: org/name\n" in card and "0123abc" in card and str(tmp_path) not in card
+    assert "model.chat(" in card  # for it has a chat template
     assert {*os.listdir(tmp_path / "hub")} == {*os.listdir(commit), "README.md"}
 
 
@@ -1686,7 +1691,7 @@ def test_what_the_readme_tells_forks_to_do_works(code):
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
-# Training data of PoLar and Dr.LLM: chains that PoLar can read, answers in a box.
+# Training data for PoLar and Dr.LLM: chains that PoLar can read, answers in a box.
 
 def rows_of_blocks(n_layers, first=0):
     """All chains of blocks of up to 4 layers, each skipped, run, or run twice."""
@@ -1743,16 +1748,13 @@ def test_the_report_writes_what_drllm_trains_on(tmp_path):
 
 
 @pytest.mark.parametrize("option, says", [("--polar", "scripts.study --polar"), ("--drllm", "--simulations")])
-def test_a_study_without_a_usable_chain_overwrites_nothing(option, says, tmp_path, capsys):
-    lines = [a_line(0, False, [3, 1]), a_line(1, False, None)]
-    for folder in "org/m/dart-math-diff-1/merged_mcts_samples.json", "org--m-math.json":
-        (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / folder).write_text("old")
-    args = report.parser().parse_args([str(write_lines(tmp_path / "a.jsonl", lines)), option, str(tmp_path)])
-    with pytest.raises(SystemExit, match="2"):
-        cola.exit_on_error("report", report.main, args)
-    err = capsys.readouterr().err
-    assert err.startswith("report: ") and err.count("\n") == 1 and says in err
+def test_a_study_without_a_usable_chain_overwrites_nothing(option, says, tmp_path, command):
+    file = write_lines(tmp_path / "a.jsonl", [a_line(0, False, [3, 1]), a_line(1, False, None)])
+    for name in "org/m/dart-math-diff-1/merged_mcts_samples.json", "org--m-math.json":
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("old")
+    code, _, err = command(report, file, option, tmp_path)
+    assert code == 2 and err.count("\n") == 1 and says in err
     assert {file.read_text() for file in tmp_path.glob("**/*.json")} == {"old"}
 
 
@@ -1763,15 +1765,16 @@ def write_form(tmp_path, text="Question: {question}\nAnswer:\n"):
 
 def test_a_form_asks_for_a_box_of_a_base_model_and_of_a_chat_model(tmp_path):
     form = write_form(tmp_path, "Put it in \\boxed{ANSWER}.\n{question}\nAnswer:\n")
-    bad_rows(tmp_path, "\n".join('{"question": "%d + 1?", "answer": %d}' % (i, i + 1) for i in (1, 2)))
-    problem = data.load(str(tmp_path / "rows.jsonl"), shots=1, boxed=form)[0]
+    rows = write_rows(tmp_path / "rows.jsonl", *({"question": f"{i} + 1?", "answer": i + 1} for i in (1, 2)))
+    problem = data.load(str(rows), shots=1, boxed=form)[0]
     example, question = ("Put it in \\boxed{ANSWER}.\n%d + 1?\nAnswer:" % i for i in (2, 1))
     assert problem.prompt == f"{example} \\boxed{{3}}\n\n{question}" and problem.answer == "\\boxed{2}"
     assert [turn["content"] for turn in problem.messages] == [example, "\\boxed{3}", question]
 
 
 def test_an_answer_in_a_box_is_complete_at_the_closing_brace(tmp_path):
-    model, tokenizer = fuse(tmp_path / "model", " \\boxed{", "}$", instead=[" ", "<|endoftext|>"])
+    folder = fuse(tmp_path / "model", {" \\boxed{": " ", "}$": "<|endoftext|>"})
+    model, tokenizer = Llama.from_pretrained(folder, "cpu"), data.Tokenizer(folder)
     rng, verdicts = random.Random(0), Counter()
     for problem in data.load("arithmetic-1", boxed=write_form(tmp_path))[:20]:
         sample = cola.Sample(model, tokenizer, problem)
@@ -1784,13 +1787,9 @@ def test_an_answer_in_a_box_is_complete_at_the_closing_brace(tmp_path):
 
 
 @pytest.mark.parametrize("says, form, row", [
-    ("brace in its answer '{1}', which", "{question}", '{"question": "Q", "answer": "{1}"}'),
-    ("has choices, which", "{question}", ARC % "A"), ("write {question} there", "Q?", ARC % "A")])
-def test_what_a_form_cannot_ask_ends_in_one_line_and_exit_code_2(says, form, row, tmp_path, capsys):
-    (tmp_path / "out.jsonl").write_text("old")
-    args = ["--boxed", str(write_form(tmp_path, form)), "--out", str(tmp_path / "out.jsonl"), "--samples=0:1"]
-    with pytest.raises(SystemExit, match="2"):
-        cola.exit_on_error("study", study.main, study.parser().parse_args([*args, *map(str, bad_rows(tmp_path, row))]))
-    err = capsys.readouterr().err
-    assert err.startswith("study: ") and err.count("\n") == 1 and says in err
-    assert (tmp_path / "out.jsonl").read_text() == "old"
+    ("brace in its answer '{1}', which", "{question}", {"question": "Q", "answer": "{1}"}),
+    ("has choices, which", "{question}", CHOICE), ("write {question} there", "Q?", CHOICE)])
+def test_what_a_box_cannot_hold_is_refused(says, form, row, tmp_path, refused):
+    refused(re.escape(says), study, "--boxed", write_form(tmp_path, form), "--out", tmp_path / "out.jsonl",
+            "--samples=0:1", "--dataset", write_rows(tmp_path / "rows.jsonl", row))
+    assert not (tmp_path / "out.jsonl").exists()

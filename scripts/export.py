@@ -30,14 +30,37 @@ pipeline_tag: text-generation
 The layers of {source} in the order `{chain}`, counted from 0: {explained}. It has {steps} layers and {here:.2f} M
 parameters, the source {layers} and {before:.2f} M. No weight was changed, so the source's licence holds.{note}
 
+In transformers:
+
 ```python
 from transformers import pipeline
 write = pipeline("text-generation", "path/to/{name}")
-print(write("What is 12 + 7?", max_new_tokens=32, do_sample=False)[0]["generated_text"])
+print(write({prompt}, max_new_tokens=32, do_sample=False)[0]["generated_text"])
+```
+
+In llama.cpp, whose converter has to know the tokenizer:
+
+```sh
+python convert_hf_to_gguf.py path/to/{name} --outtype f32 --outfile {name}.gguf
+llama-completion -m {name}.gguf {option} -p "{text}" -n 32 --temp 0
+```
+
+In vLLM:
+
+```python
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":  # vLLM starts processes of its own
+    model = LLM("path/to/{name}")
+    print(model.{method}({prompt}, SamplingParams(temperature=0, max_tokens=32))[0].outputs[0].text)
 ```
 
 Written by scripts/export.py of a reference implementation of CoLa, chains of layers (arXiv 2507.07996).
 """
+# How the card asks a base model, and one with a chat template.
+PLAIN = {"prompt": r'"Question: What is 12 + 7?\nAnswer:"', "text": r"Question: What is 12 + 7?\nAnswer:",
+         "option": "-no-cnv", "method": "generate"}
+CHAT = {"prompt": '[{"role": "user", "content": "What is 12 + 7?"}]', "text": "What is 12 + 7?",
+        "option": "-st", "method": "chat"}
 
 
 def new_names(name, chain):
@@ -124,7 +147,9 @@ def export(model, chain, out, revision=None, note=""):
     for file in {file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()}:
         shutil.copyfile(file, out / file.name)
     name, hub = folder.resolve().name, None if folder in (cola.TINY, Path(model)) else model
-    card = CARD.format(base=f"base_model: {hub}\n" if hub else "", name=out.resolve().name,
+    chat = any(file.suffix == ".jinja" or '"chat_template"' in file.read_text(encoding="utf-8")
+               for pattern in ("chat_template.jinja", "tokenizer_config.json") for file in folder.glob(pattern))
+    card = CARD.format(**CHAT if chat else PLAIN, base=f"base_model: {hub}\n" if hub else "", name=out.resolve().name,
                        source=f"{hub} (revision {name})" if hub else name,  # a folder in the hub's cache is a commit
                        chain=cola.format_chain(chain), explained=cola.explain(chain, layers), steps=len(chain),
                        here=here / 1e6, layers=layers, before=before / 1e6, note=note and f"\n\n{note}")

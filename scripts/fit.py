@@ -3,19 +3,20 @@
     python -m scripts.fit --dataset arithmetic-5
     python -m scripts.fit --model org/name --dataset arc-easy --fit 0:64 --test 64:564 --export path/to/new
 
-A chain's score is the share of the --fit samples that it answers right; its reward is that less --depth-penalty times
-the share of the full depth. So a penalty of 0.05 says that half of the depth is worth 2.5 points of accuracy: near 0
-the search looks for the most accurate chain, from 0.5 on for a shallow one. Samples come in parts of 16, in an order
-that --seed draws. After each, a chain is given up that has fallen behind the best so far by more than two standard
-deviations. Its score is then the share of the best, less what it lost to the best on the samples seen by both; so it
-never becomes the best itself. The chains in the table have run on all samples: the full one, the one of highest
-reward, and of those that no other beats in both depth and score (the front), the next best. Intervals are of 95 %,
-that of the difference paired by sample. The first chain fitted was chosen without the test samples; to choose another
-by their results would be fitting once more.
+A chain's score is the share of the --fit samples that it answers correctly; its reward is that minus --depth-penalty
+times the share of the full depth. A penalty of 0.05 says that half of the depth is worth 2.5 points of accuracy: near 0
+the search looks for the most accurate chain, from 0.5 on for a shallow one. Samples run in parts of 16, in an order
+drawn from --seed. After each part, the search gives up chains that have fallen behind the best one by more than two
+standard deviations. Such a chain scores the share of the best minus what it lost to the best on the samples that both
+have seen, so it never becomes the best itself. The table shows chains that have run on all samples: the full one, the
+one of highest reward, and the next best of those that no other beats in both depth and score (the front). Intervals are
+95 %, that of the difference paired by sample. The fitted chain was chosen without the test samples; choosing another by
+their results would be fitting again.
 """
 import math
 import random
 import time
+from pathlib import Path
 
 import cola
 from tqdm import tqdm
@@ -43,11 +44,11 @@ def verifiers(model, tokenizer, problems, samples, cache_mb):
 
 
 class Score:
-    """A callable for `mcts.search`: a list of chains to the shares of samples that they answer right.
+    """A callable for `mcts.search`: a list of chains to the shares of samples that they answer correctly.
 
     Attributes:
       verdicts: {chain: list of bool, one for each sample that it ran on}.
-      best: the chain of highest rank among those that ran on all samples.
+      best: the chain of highest rank among those that have run on all samples.
     """
 
     def __init__(self, parts, layer_price):
@@ -60,18 +61,18 @@ class Score:
         return self.share(chain) - self.layer_price * len(chain)
 
     def rank(self, chain):
-        """As `mcts.search` ranks chains: one that answers nothing is behind one that does, whatever the rewards."""
+        """Ranks as `mcts.search` does: a chain that answers nothing is behind one that does, whatever the rewards."""
         return self.share(chain) > 0, self.reward(chain)
 
     def lost(self, chain):
-        """How many more of the samples that a chain ran on the best one answers right."""
+        """How many more samples the best chain answers correctly, of those that this chain has seen."""
         return sum(self.verdicts[self.best][:len(self.verdicts[chain])]) - sum(self.verdicts[chain])
 
     def behind(self, chain):
-        """Whether to give a chain up, by what it and the best one did on the samples that it ran on."""
+        """Whether to give up a chain, given the samples that it and the best one have seen."""
         pairs = [*zip(self.verdicts[self.best], self.verdicts[chain])]
         saved = len(pairs) * self.layer_price * (len(self.best) - len(chain))
-        differ = sum(best != right for best, right in pairs)
+        differ = sum(ours != theirs for ours, theirs in pairs)
         return self.share(self.best) > 0 and self.lost(chain) - saved > 2 * math.sqrt(differ)
 
     def __call__(self, chains):
@@ -81,8 +82,7 @@ class Score:
             for chain, verdicts in zip(running, part(running)):
                 self.verdicts[chain] += verdicts
             for chain in [chain for chain in running if self.best is not None and self.behind(chain)]:
-                # Its own share says as much about the samples seen as about the chain. What it lost on them, taken
-                # from the best one's share, leaves its reward below the best one's by as much as it is behind.
+                # Not its own share, which depends on the samples seen as much as on the chain.
                 estimate = self.share(self.best) - self.lost(chain) / len(self.verdicts[chain])
                 scores[chain] = min(1, max(0, estimate))
             running = [chain for chain in running if chain not in scores]
@@ -90,7 +90,7 @@ class Score:
         return [scores.get(chain, self.share(chain)) for chain in chains]
 
     def front(self):
-        """Of the chains that ran on all samples those that no other beats in depth and share, best reward first."""
+        """The chains, run on all samples, that no other beats in both depth and share; highest reward first."""
         whole = [chain for chain in self.verdicts if len(self.verdicts[chain]) == len(self.verdicts[self.best])]
         front, highest = [], -1
         for chain in sorted(whole, key=lambda chain: (len(chain), -self.share(chain))):
@@ -101,12 +101,12 @@ class Score:
 
 def parser():
     p = common.parser("fit", __doc__)
-    # Shares of few samples are noisy: with a large batch the search looks around before it follows a better chain.
+    # Shares of few samples are noisy: a large batch lets the search look around before it follows a better chain.
     p.set_defaults(simulations=400, depth_penalty=0.05, batch=64)
     fit = p.add_argument_group("fit")
     fit.add_argument("--fit", default="0:64", metavar="FIRST:END", help="samples to search on (default: %(default)s)")
     fit.add_argument("--test", default="64:1064", metavar="FIRST:END", help="samples to test on (default: %(default)s)")
-    fit.add_argument("--export", metavar="FOLDER", help="write the fitted chain here as a checkpoint of its own")
+    fit.add_argument("--export", metavar="FOLDER", help="export the fitted chain as a checkpoint")
     return p
 
 
@@ -131,22 +131,24 @@ def main(args):
         cola.search(args, count, n_layers, args.seed)
     seconds, front = time.perf_counter() - start, score.front()
     rows = [("full", full), ("fitted", front[0]), *(("front", chain) for chain in front[1:ROWS])]
-    right = {chain: [] for _, chain in rows}
+    correct = {chain: [] for _, chain in rows}
     for part in tqdm(test_parts, desc="test", unit="part", disable=None, leave=False):
-        for chain, verdicts in zip(right, part([*right])):
-            right[chain] += verdicts
+        for chain, verdicts in zip(correct, part([*correct])):
+            correct[chain] += verdicts
     on_all = sum(len(verdicts) == len(fit) for verdicts in score.verdicts.values())
     print(f"{args.model}, {args.dataset}, {args.shots} shots, fit {args.fit}, test {args.test}, depth penalty "
           f"{args.depth_penalty}: {len(score.verdicts)} chains in {seconds:.0f} s, {on_all} of them on all samples\n")
-    print("| chain | depth | right of fit | right of test | against the full chain |\n|---|---:|---:|---:|---:|")
+    print("| chain | depth | correct, fit | correct, test | against the full chain |\n|---|---:|---:|---:|---:|")
     for label, chain in rows:
-        gain = "-" if chain == full else common.lift([*zip(right[chain], right[full])])
+        gain = "-" if chain == full else common.lift([*zip(correct[chain], correct[full])])
         print(f"| {label} {cola.format_chain(chain)} | {len(chain)} | {score.share(chain):.1%} "
-              f"| {common.share(right[chain])} | {gain} |")
+              f"| {common.share(correct[chain])} | {gain} |")
     if args.export:
+        task, form = Path(args.dataset).name, "chat" if tokenizer.chat else "plain"
         export(args.model, cola.format_chain(front[0]), args.export, args.revision,
-               f"It was fitted on {len(fit)} samples of {args.dataset}; on {len(test)} others it gets "
-               f"{sum(right[front[0]])} right, the full chain {sum(right[full])}.")
+               f"It was fitted to the task {task} on samples {args.fit}, with {form} prompts of {args.shots} shots. "
+               f"On {len(test)} other samples, {args.test}, it answers {common.share(correct[front[0]])} correctly, the "
+               f"full chain {common.share(correct[full])} (exact match, with 95 % intervals).")
 
 
 if __name__ == "__main__":
