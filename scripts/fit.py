@@ -147,8 +147,8 @@ def main(args):
         task, form = Path(args.dataset).name, "chat" if tokenizer.chat else "plain"
         export(args.model, cola.format_chain(front[0]), args.export, args.revision,
                f"It was fitted to the task {task} on samples {args.fit}, with {form} prompts of {args.shots} shots. "
-               f"On {len(test)} other samples, {args.test}, it answers {common.share(correct[front[0]])} correctly, the "
-               f"full chain {common.share(correct[full])} (exact match, with 95 % intervals).")
+               f"On {len(test)} other samples, {args.test}, it answers {common.share(correct[front[0]])} correctly, "
+               f"the full chain {common.share(correct[full])} (exact match, with 95 % intervals).")
 
 
 if __name__ == "__main__":
