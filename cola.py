@@ -78,7 +78,7 @@ def add_problem_arguments(p):
     problems.add_argument("--shots", type=int, default=0, metavar="N",
                           help="worked examples before the question (default: %(default)s)")
     problems.add_argument("--boxed", type=Path, metavar="FILE",
-                          help="ask for \\boxed{ANSWER}, with the prompt in this file; in it {question} is the question")
+                          help="ask for \\boxed{ANSWER}, by the prompt in this file, with {question} in it")
     problems.add_argument("--split", choices=["train", "validation", "test"], metavar="NAME",
                           help="train, validation or test, for arc and gsm8k (default: test)")
 

@@ -157,8 +157,8 @@ def in_box(problem, form):
     """The problem asked in a form that wants \\boxed{ANSWER}: the answer is complete at the closing brace."""
     if problem.choices or set(problem.answer) & {*"{}"}:
         what = "has choices" if problem.choices else f"has a brace in its answer {problem.answer!r}"
-        raise ValueError(f"sample {problem.id} {what}, which the boxed form cannot ask for; give a dataset without such "
-                         "samples")
+        raise ValueError(f"sample {problem.id} {what}, which the boxed form cannot ask for; give a dataset without "
+                         "such samples")
     return replace(problem, answer=f"\\boxed{{{problem.answer}}}", form=form)
 
 

@@ -170,7 +170,7 @@ class Search:
         return path, actions
 
     def roll_out(self, actions, pending):
-        """Completes a prefix with the policy: a chain that is new, allowed and within the limit, or None after TRIES."""
+        """Completes a prefix with the policy: a new, allowed chain within the limit, or None after TRIES others."""
         for _ in range(TRIES):
             chain, last = [*actions], actions[-1] if actions else -1
             while last != self.stop and len(chain) <= self.limit:
@@ -182,8 +182,9 @@ class Search:
                 chain.append(last := action)
             chain = tuple(chain[:-1])
             known = chain in self.result.evaluated or chain in pending
-            if last == self.stop and len(chain) <= self.limit and not known and self.allowed(chain):
-                return chain
+            if last == self.stop and len(chain) <= self.limit and not known:
+                if self.allowed is None or self.allowed(chain):
+                    return chain
         return None
 
     def back_up(self, path, value):
@@ -226,8 +227,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                                ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0)]:
         if not least <= value < math.inf:
             raise ValueError(f"{name} must be {least} or more, not {value}")
-    state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed or (lambda chain: True), learn,
-                   promise)
+    state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, learn, promise)
     pending = {tuple(range(n_layers)): []}  # {chain: the nodes on the way to it}, to be scored together
     while pending:
         scores = list(score([*pending]))
@@ -239,7 +239,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
             state.back_up(path, state.value(chain))
         pending, fruitless = {}, 0
         while len(pending) < min(batch, simulations - len(state.result.evaluated)):
-            if allowed and fruitless >= 1000 * batch:  # no allowed chain is left, it seems; the tree may be endless
+            if allowed and fruitless >= 1000 * batch:  # none is left, it seems; the tree itself may be endless
                 state.root.closed, fruitless = True, 0
             if state.root.closed and not pending and state.limit < 2 * n_layers:
                 state.root, state.limit = Node(), 2 * n_layers  # nothing better is left: on to deeper chains

@@ -1337,7 +1337,8 @@ def test_the_settings_reach_the_search(monkeypatch):
     signature = inspect.signature(mcts.search)
     monkeypatch.setattr(mcts, "search", lambda *given, **named: signature.bind(*given, **named).arguments)
     assert cola.search(cola.parser().parse_args(["--sample-id", "0", *flags]), len, 12, 7) == {
-        "score": len, "n_layers": 12, "seed": 7, "learn": True, "promise": True, **dict(zip(names, values))}
+        "score": len, "n_layers": 12, "seed": 7, "allowed": None, "learn": True, "promise": True,
+        **dict(zip(names, values))}
 
 
 @pytest.mark.parametrize("own, at_a_time, threads", [(None, 1, 1), (None, 16, 3), ("3", 1, 3)])
