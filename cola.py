@@ -92,8 +92,8 @@ def add_model_arguments(p):
     model.add_argument("--no-chat", action="store_true", help="prompt a chat model like a base model")
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], metavar="NAME",
-                       help="float32, bfloat16 or float16 (default: bfloat16 on cuda, float32 on cpu, where bfloat16 is "
-                            "faster if the cpu has instructions for it)")
+                       help="float32, bfloat16 or float16 (default: bfloat16 on cuda, float32 on cpu, where bfloat16 "
+                            "is faster if the cpu has instructions for it)")
     model.add_argument("--cache-mb", type=at_least(0), default=1024, metavar="N",
                        help="megabytes of hidden states to share between chains (default: %(default)s)")
 
