@@ -128,11 +128,13 @@ class Search:
             self.limit = math.ceil(min(self.limit + 1, depth - 1e-6)) - 1
 
     def update_policy(self, chains):
-        """Counts the elite's transitions anew, now that these chains are evaluated."""
+        """Updates the elite with these chains and, if it changed, counts its transitions anew."""
         shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
-        self.elite = nlargest(ELITE, shallow, key=self.value) if self.learn else []
-        self.table, self.policies = {}, {}
-        for chain in self.elite:
+        elite = nlargest(ELITE, shallow, key=self.value) if self.learn else []
+        if elite == self.elite:
+            return
+        self.elite, self.table, self.policies = elite, {}, {}
+        for chain in elite:
             if weight := self.worth(chain) ** SHARPNESS:
                 for last, action in pairwise((-1, *chain, self.stop)):
                     self.table.setdefault(last, defaultdict(float))[action] += weight
