@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import data
 import mcts
 from model import TaskVerifier, Config, KVCache, Llama, Verifier
-from scripts import bench, common, compare_search, export, fit, make_tasks, report, study, train_tiny, transfer
+from scripts import bench, common, compare_search, export, fit, growth, make_tasks, report, study, train_tiny, transfer
 from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
@@ -1653,9 +1653,18 @@ def test_the_ways_of_the_benchmark_agree(command, monkeypatch):
     assert differ == "0 of 12" and all(float(price) > 0 for price in prices[1:4])
 
 
+def test_growth_has_a_row_for_every_length_depth_and_number_of_simulations(command, monkeypatch):
+    monkeypatch.setattr(growth, "LENGTHS", (5, 9))
+    monkeypatch.setattr(growth, "DEPTHS", (2,))
+    monkeypatch.setattr(growth, "SIMULATIONS", (30,))
+    rows = table(command(growth, "--repeats", 1)[1])
+    assert [row[0] for row in rows] == ["prompt of 5 tokens", "prompt of 9 tokens", "2 layers", "tiny, 30 simulations"]
+    assert all(0 < float(outside) < float(total) for _, total, outside in rows)
+
+
 # Help and README.md
 
-@pytest.mark.parametrize("program", [cola, bench, compare_search, export, fit, make_tasks, report, study,
+@pytest.mark.parametrize("program", [cola, bench, compare_search, export, fit, growth, make_tasks, report, study,
                                      train_tiny, transfer], ids=lambda program: program.__name__)
 def test_help_shows_examples_and_tells_what_every_option_is(program):
     parser = program.parser()

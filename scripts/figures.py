@@ -64,7 +64,7 @@ def layer_use(studies):
 
 
 def budget(studies):
-    figure, panels = panels_by_model(studies, 3.4)
+    figure, panels = panels_by_model(studies, 4)
     for panel, model, tasks in panels:
         for color, (task, lines) in zip(cycle(pyplot.colormaps["tab10"].colors), tasks.items()):
             wrong = [line for line in lines if not line["initial_score"] and line["decoy"]]
@@ -75,7 +75,7 @@ def budget(studies):
                 shares = [sum(at <= chains for at in found) / max(1, len(wrong)) for chains in budgets]
                 panel.plot(budgets, shares, style, color=color, linewidth=1.2, label=label)
         panel.set(title=model, xlabel="chains evaluated", ylim=(0, 1))
-        panel.legend(frameon=False, fontsize=7, loc="upper left")
+        panel.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.supylabel("share of wrong samples")
     return figure
 
