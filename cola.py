@@ -215,7 +215,7 @@ class Sample:
                              f"{written!r}; leave this sample out")
         complete = [label for label in problem.choices if label.startswith(problem.answer)] == [problem.answer]
         self.stop = None if complete or problem.form else tokenizer.stop
-        self.fused = tokenizer.closing(self.target[-1]) if problem.form else tokenizer.fused(self.target[-1])
+        self.fused = tokenizer.closing(self.target) if problem.form else tokenizer.fused(self.target[-1])
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb, self.fused)
 
     def answer(self, chain):
@@ -223,7 +223,8 @@ class Sample:
         boxed = self.problem.form is not None
         limit = max(32, len(self.target) + 1) if self.stop or boxed else len(self.target)
         last = {*self.tokenizer.breaks, *(self.tokenizer.braces if boxed else ())}
-        text = self.read(self.model.generate(self.prompt, chain, limit, self.stop, last))
+        stop = self.tokenizer.stop if boxed else self.stop
+        text = self.read(self.model.generate(self.prompt, chain, limit, stop, last))
         return text, data.exact_match(text, self.problem.answer)
 
     def read(self, ids):

@@ -357,9 +357,10 @@ class Tokenizer:
         """The tokens that spell this one and a line break, such as ")\\n" for ")"."""
         return {i for i, before in self.breaks.items() if before and before == self.texts[token].rstrip()}
 
-    def closing(self, token):
-        """The other tokens that begin with the text of this one, such as "}$" for "}"."""
-        return {i for i in self.braces if self.texts[i].startswith(self.texts[token])} - {token}
+    def closing(self, ids):
+        """The other tokens that may end this text in place of the last one, such as "}$" for "}"."""
+        text, before = self.decode(ids), ids[:-1]
+        return {i for i in self.braces if self.decode([*before, i]).startswith(text)} - {ids[-1]}
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)

@@ -30,16 +30,11 @@ MATURE = 8  # visits before a node selects among its children: the mean of fewer
 
 @dataclass
 class Result:
-    """What a search found.
-
-    Attributes:
-      evaluated, promises: {chain: score} and {chain: promise}, in order of evaluation, the full-depth chain first.
-      n_layers, depth_penalty: as given to `search`.
-    """
-    evaluated: dict
-    n_layers: int
+    """What a search found."""
+    evaluated: dict  # {chain: score} in order of evaluation, the full-depth chain first
+    n_layers: int  # this and the next as given to `search`
     depth_penalty: float
-    promises: dict = field(default_factory=dict)
+    promises: dict = field(default_factory=dict)  # {chain: promise}, for scores that come with one
 
     def reward(self, chain):
         """Score - depth_penalty * depth / n_layers."""
@@ -65,8 +60,7 @@ class Node:
     def bound(self, action, prior, exploration):
         """The upper confidence bound of an action: Q + c * P * sqrt(N) / (1 + n), the PUCT formula of [2].
 
-        N and n count the visits of this node and of the child. Q is the mean value of the child or, if it does not
-        exist yet, of this node.
+        N and n: visits of this node and of the child. Q: mean value of the child or, before it exists, of this node.
         """
         child = self.children.get(action)
         n, q = (child.visits, child.value / child.visits) if child else (0, self.value / self.visits)
@@ -94,17 +88,17 @@ class Search:
     """The tree, the policy and the result of one search; arguments as for `search`. An action is a layer or `stop`.
 
     Attributes:
-      limit: the depth beyond which not even a full score would beat the best chain so far (branch and bound).
+      limit: the depth beyond which not even a full score would beat the `highest` reward so far (branch and bound).
       elite: the ELITE chains of highest value that are no deeper than `limit` + 1.
       table: {layer (-1 at the beginning): {action: weight}}, counted in the elite.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, learn, promise):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
-        self.allowed, self.learn, self.promise, self.rng = allowed, learn, promise, random.Random(seed)
+        self.learn, self.promise, self.rng, self.allowed = learn, promise, random.Random(seed), allowed
         self.stop = n_layers  # as if it were the layer after the last
         self.result, self.root, self.limit = Result({}, n_layers, depth_penalty), Node(), 2 * n_layers
-        self.elite, self.table, self.policies = [], {}, {}
+        self.highest, self.elite, self.table, self.policies = -math.inf, [], {}, {}
 
     def window(self, last):
         """The layers that may be appended after the layer `last` (-1 at the beginning)."""
@@ -119,13 +113,15 @@ class Search:
         return self.result.reward(chain) - self.result.evaluated[chain] + self.worth(chain)
 
     def record(self, chain, score, promise):
-        """Adds a chain to the result; a correct one may lower the limit."""
+        """Adds a chain to the result; a new best one lowers the limit."""
         self.result.evaluated[chain] = score
         if promise is not None and self.promise:
             self.result.promises[chain] = promise
-        if score > 0 and self.learn and self.result.depth_penalty:  # a full score has the same reward at this depth:
-            depth = (1 - self.result.reward(chain)) * self.n_layers / self.result.depth_penalty
-            self.limit = math.ceil(min(self.limit + 1, depth - 1e-6)) - 1
+        if score > 0 and self.learn and self.result.reward(chain) > self.highest:
+            self.highest = self.result.reward(chain)
+            if self.result.depth_penalty:  # stay below the depth at which a full score has the same reward
+                depth = (1 - self.highest) * self.n_layers / self.result.depth_penalty
+                self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1
 
     def update_policy(self, chains):
         """Updates the elite with these chains and, if it changed, counts its transitions anew."""
@@ -199,7 +195,7 @@ def split(chain, score):
 
 
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
-           allowed=lambda chain: True, batch=8, learn=True, promise=True):
+           allowed=None, batch=8, learn=True, promise=True):
     """Searches for a chain of high reward; returns a Result.
 
     Args:
@@ -210,8 +206,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back; depth is 2 * n_layers at most.
-      allowed: callable, a complete chain to whether it may be evaluated; the full-depth chain always is. It should
-        allow many chains: the search may miss some of a few.
+      allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
+        is). The search may miss some if it allows few.
       batch: chains to score at a time; a pending one counts as a visit of value 0.
       learn, promise: two controls; False draws chains around the full-depth chain without a tree, or ignores promises.
     Raises ValueError for a number out of range, and for scores that are malformed or not one for each chain.
@@ -222,7 +218,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                                ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0)]:
         if not least <= value < math.inf:
             raise ValueError(f"{name} must be {least} or more, not {value}")
-    state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, learn, promise)
+    state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop,
+                   allowed or (lambda chain: True), learn, promise)
     pending = {tuple(range(n_layers)): []}  # {chain: the nodes on the way to it}, to be scored together
     while pending:
         scores = list(score([*pending]))
@@ -236,7 +233,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
             state.back_up(path, state.value(chain))
         pending, fruitless = {}, 0
         while len(pending) < min(batch, simulations - len(state.result.evaluated)):
-            if fruitless >= 1000 * batch:  # it seems that no allowed chain is left
+            if allowed and fruitless >= 1000 * batch:  # it seems that none is left
                 state.root.closed, fruitless = True, 0
             if state.root.closed and not pending and state.limit < 2 * n_layers:
                 state.root, state.limit = Node(), 2 * n_layers  # nothing better is left: on to deeper chains

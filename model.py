@@ -84,24 +84,26 @@ class Config:
                 if (value := raw.get(field.name)) is not None:
                     types = (int, float) if field.type is float else (field.type,)  # JSON may say 1 for 1.0
                     limit = 2 ** 60 if float in types else 2 ** 24  # real sizes are far below, products fit 64 bits
-                    number = field.type in (int, float)
-                    if type(value) not in types or number and value != field.default and not 0 < value < limit:
+                    absent = field.type is int and value == field.default  # some models say 0 for what they lack
+                    if type(value) not in types or int in types and not absent and not 0 < value < limit:
                         raise ValueError(f"{field.name} {value!r} is of another type or out of range")
                     values[field.name] = value
             if missing := [name for name in ROPE_TYPES[raw["rope_type"]] if name not in values]:
                 raise ValueError(f"rope_type {raw['rope_type']} needs {', '.join(missing)}")
             config = cls(**values)
+            # Within its first window, sliding attention is full attention, so ending the positions there is enough.
+            window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
+            if window and raw.get("use_sliding_window", True):
+                if type(window) is not int or window < 0:
+                    raise ValueError(f"sliding_window is {window!r}")
+                config.max_position_embeddings = min(config.max_position_embeddings, window)
+            return config
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{path} is missing; give the folder of a checkpoint in the Hugging Face "
                                     "layout") from None
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON that describes a supported decoder ({error}); "
                              "use another checkpoint, or fetch it again") from None
-        # Within its first window, sliding attention is full attention, so cutting the positions there is all it takes.
-        window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
-        if window and raw.get("use_sliding_window", True):
-            config.max_position_embeddings = min(config.max_position_embeddings, window)
-        return config
 
 
 class KVCache:
@@ -255,9 +257,10 @@ class Experts(nn.Module):
         y, chosen, weights = torch.zeros_like(flat), chosen.flatten(), weights.flatten()  # [tokens * top_k]
         counts = chosen.bincount(minlength=len(self.experts)).tolist()  # the only wait for a GPU
         for expert, places in zip(self.experts, chosen.argsort().split(counts)):
-            token = places // self.top_k
-            # A token chooses an expert at most once, so no index occurs twice and += loses nothing.
-            y[token] += expert(flat[token]) * weights[places, None].to(x.dtype)
+            if len(places):
+                token = places // self.top_k
+                # A token chooses an expert at most once, so no index occurs twice and += loses nothing.
+                y[token] += expert(flat[token]) * weights[places, None].to(x.dtype)
         if self.shared_expert is not None:
             y = y + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
         return y.view_as(x)
@@ -591,7 +594,7 @@ def fetch(path_or_repo, revision=None):
     # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
     return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "chat_template.jinja", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]))
+        "chat_template.jinja", "model.safetensors.index.json", "model*.safetensors"]))
 
 
 def open_weights(path):
@@ -609,12 +612,17 @@ def open_weights(path):
 
 
 def weight_files(path):
-    """The checkpoint's safetensors files: a single one, or several numbered ones."""
-    files = sorted(path.glob("model.safetensors")) or sorted(path.glob("model-*-of-*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{path / 'model.safetensors'} is missing; a checkpoint needs its weights as "
-                                "safetensors")
-    return files
+    """The checkpoint's safetensors files: those that the index names, or the single one."""
+    files, index = ["model.safetensors"], path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            files = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{index} is not an index of weights ({error!r}); fetch the checkpoint again") from None
+    for file in files:
+        if Path(str(file)).name != file or not (path / file).is_file():
+            raise FileNotFoundError(f"{path / str(file)} is missing; a checkpoint needs its weights as safetensors")
+    return [path / file for file in files]
 
 
 def read_tensor(path, name, entry, device, dtype):

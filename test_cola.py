@@ -813,6 +813,7 @@ def test_sizes_that_no_model_has_are_refused(tmp_path):
             Config.from_json(checkpoint(tmp_path / str(i), **change) / "config.json")
 
 
+INDEX = "model.safetensors.index.json"
 NORM, LAYER = "model.norm.weight", "model.layers.3.self_attn"
 
 
@@ -831,6 +832,11 @@ NORM, LAYER = "model.norm.weight", "model.layers.3.self_attn"
     ({"files": {"config.json": None}}, "config.json is missing"), ({"files": {"config.json": "{"}}, "not JSON"),
     ({"files": {"config.json": "[]"}}, "not JSON"), ({"files": {"model.safetensors": None}}, "is missing"),
     ({"files": {"model.safetensors": b"\x93garbage" * 99}}, "not a complete safetensors file"),
+    ({"files": {INDEX: "{}"}}, "not an index of weights"), ({"files": {INDEX: "[]"}}, "not an index of weights"),
+    ({"files": {INDEX: '{"weight_map": {"x": "m.safetensors"}}'}}, "is missing"),
+    ({"files": {INDEX: '{"weight_map": {"x": "../m/model.safetensors"}}'}}, "is missing"),
+    ({"sliding_window": "4096"}, "sliding_window is '4096'"), ({"sliding_window": -5}, "sliding_window is -5"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor 0"), ({"clip_qkv": 0}, "clip_qkv 0"),
     ({"tensors": {NORM: None}}, "norm.weight is missing"), ({"tensors": {"extra": torch.zeros(2)}}, "no such tensor"),
     ({"tensors": {NORM: torch.ones(64, dtype=torch.int8)}}, "quantized"),
     *[({"tensors": {NORM: torch.tensor([*[1.0] * 63, bad])}}, "NaN or infinity as bfloat16; use another --dtype")
@@ -879,6 +885,15 @@ def near(goal):
 
 
 @pytest.mark.parametrize("goal", [(0, 1, 2, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7), (2,), ()], ids=str)
+@pytest.mark.parametrize("correct", [lambda chain: True, lambda chain: len(chain) % 3 == 0, lambda chain: False])
+def test_a_search_evaluates_every_chain_of_a_small_space(correct):
+    for penalty in (0, 0.2, 2):
+        for batch in (1, 8):
+            found = mcts.search(lambda chains: [correct(chain) for chain in chains], 6, 300, max_loop=0, batch=batch,
+                                depth_penalty=penalty).evaluated
+            assert len(found) == 64 and all(list(chain) == sorted({*chain}) for chain in found)
+
+
 def test_search_finds_a_planted_optimum(goal):
     assert mcts.search(planted(goal), n_layers=8, simulations=800).best == goal
 
@@ -1369,7 +1384,8 @@ def a_line(sample, correct, best, decoy=None, reorder=None, level=1, **settings)
             "best_prediction": best and "1", "n_layers": 4, "found_at": best and 2, "promise": -float(sample),
             "final_valid_transitions": [[0, 1, 2, 3]] * correct + [best] * (best not in (None, [0, 1, 2, 3])),
             "final_invalid_transitions": [[0], [0, 1, 2, 3]][:2 - correct],
-            "decoy": None if decoy is None else {"answer": "3", "found": decoy, "depth": 2 if decoy else None},
+            "decoy": None if decoy is None else {
+                "answer": "3", "found": decoy, "depth": 2 if decoy else None, "found_at": 3 if decoy else None},
             "reorder": reorder and {"asked": 3, "right": reorder[0], "full_right": reorder[1]},
             "settings": settings, "seconds": 1.0}
 

@@ -67,10 +67,11 @@ def budget(studies):
     figure, panels = panels_by_model(studies, 4)
     for panel, model, tasks in panels:
         for color, (task, lines) in zip(cycle(pyplot.colormaps["tab10"].colors), tasks.items()):
-            wrong = [line for line in lines if not line["initial_score"] and line["decoy"]]
+            # Studies made before these fields were recorded have no curve.
+            wrong = [line for line in lines if not line["initial_score"] and line["decoy"] and "found_at" in line]
             budgets = range(1, max((line["settings"]["simulations"] for line in lines), default=1) + 1)
-            corrected = [line["found_at"] for line in wrong if line.get("found_at")]
-            decoys = [line["decoy"]["found_at"] for line in wrong if line["decoy"].get("found_at")]
+            corrected = [line["found_at"] for line in wrong if line["found_at"]]
+            decoys = [line["decoy"]["found_at"] for line in wrong if line["decoy"]["found_at"]]
             for found, style, label in ((corrected, "-", f"{task} ({len(wrong)})"), (decoys, "--", None)):
                 shares = [sum(at <= chains for at in found) / max(1, len(wrong)) for chains in budgets]
                 panel.plot(budgets, shares, style, color=color, linewidth=1.2, label=label)

@@ -129,7 +129,8 @@ def write_polar(folder, lines):
     files = {}
     for line in lines:
         diff, settings = line["level"], line["settings"]
-        name = f"dart-math-diff-{diff}" if diff in range(1, 6) else settings["dataset"].removesuffix(".jsonl")
+        graded = type(diff) is int and 1 <= diff <= 5
+        name = f"dart-math-diff-{diff}" if graded else settings["dataset"].removesuffix(".jsonl")
         file = files.setdefault(folder / settings["model"] / name / "merged_mcts_samples.json", {"samples": []})
         file["samples"].append({"id": line["id"], "question": line["question"], "gt_ans": bare(line["gt_ans"]),
                                 "initial_score": line["initial_score"]}
@@ -173,8 +174,8 @@ def main(args):
     studies = common.studies(args.files)
     all_lines = [line for lines in studies.values() for line in lines]
     if args.levels:
-        studies = {f"{title}, level {level}": [line for line in lines if line["level"] == level]
-                   for title, lines in studies.items() for level in sorted({line["level"] for line in lines}, key=str)}
+        studies = {f"{title}, level {level}": [line for line in lines if str(line["level"]) == level]
+                   for title, lines in studies.items() for level in sorted({str(line["level"]) for line in lines})}
     for table in (findings, chains, other_questions):
         columns = table(next(iter(studies.values())))
         print(f"| {table.__name__.replace('_', ' ')} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")

@@ -5,8 +5,8 @@
 
 A row is for the best chains of one level, a column for the samples of one level. A cell is the share in % of these
 samples that such a chain answers correctly: the mean over the chains, with its 95 % interval, each chain's own sample
-left out. The last row is the full model. Model, dataset, shots and prompt are those of the study; use --model and
---dataset if their files have moved.
+left out. The last row is the full model. Model, dataset, shots and prompt are those of the study; use --model,
+--dataset and --boxed if their files have moved.
 """
 import argparse
 from pathlib import Path
@@ -25,6 +25,7 @@ def parser():
     p = cola.Parser("python -m scripts.transfer", __doc__, usage="%(prog)s FILE [options]", conflict_handler="resolve")
     p.add_argument("file", type=Path, metavar="FILE", help="what scripts.study wrote, .jsonl or .jsonl.gz")
     p.add_argument("--dataset", metavar="NAME", help="as for the study (default: the study's)")
+    p.add_argument("--boxed", metavar="FILE", help="as for the study (default: the study's)")
     cola.add_model_arguments(p)
     p.add_argument("--model", metavar="NAME", help="as for the study (default: the study's)")
     for name in ("--revision", "--no-chat"):  # always the study's
@@ -40,7 +41,8 @@ def main(args):
         args.revision = None if Path(args.model).is_dir() else settings["revision"]  # a folder has none
         args.no_chat = not settings["chat"]
         model, tokenizer = cola.load_checkpoint(args)
-        problems = data.load(args.dataset, settings["shots"], settings["split"], settings.get("boxed"))
+        problems = data.load(args.dataset, settings["shots"], settings["split"],
+                             args.boxed or settings.get("boxed"))
         samples = [line["sample"] for line in lines]
         for line in lines:
             if line["sample"] >= len(problems) or problems[line["sample"]].question != line["question"]:
