@@ -869,6 +869,15 @@ def test_a_full_device_is_not_a_missing_one(monkeypatch):
 
 # mcts.py
 
+@pytest.mark.parametrize("correct", [lambda chain: True, lambda chain: len(chain) % 3 == 0, lambda chain: False])
+def test_a_search_evaluates_every_chain_of_a_small_space(correct):
+    for penalty in (0, 0.2, 2):
+        for batch in (1, 8):
+            found = mcts.search(lambda chains: [correct(chain) for chain in chains], 6, 300, max_loop=0, batch=batch,
+                                depth_penalty=penalty).evaluated
+            assert len(found) == 64 and all(list(chain) == sorted({*chain}) for chain in found)
+
+
 def planted(goal):
     """Correct are the chains that hold the goal's layers in the goal's order: the shortest is the goal itself."""
     def score(chains):
@@ -885,15 +894,6 @@ def near(goal):
 
 
 @pytest.mark.parametrize("goal", [(0, 1, 2, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7), (2,), ()], ids=str)
-@pytest.mark.parametrize("correct", [lambda chain: True, lambda chain: len(chain) % 3 == 0, lambda chain: False])
-def test_a_search_evaluates_every_chain_of_a_small_space(correct):
-    for penalty in (0, 0.2, 2):
-        for batch in (1, 8):
-            found = mcts.search(lambda chains: [correct(chain) for chain in chains], 6, 300, max_loop=0, batch=batch,
-                                depth_penalty=penalty).evaluated
-            assert len(found) == 64 and all(list(chain) == sorted({*chain}) for chain in found)
-
-
 def test_search_finds_a_planted_optimum(goal):
     assert mcts.search(planted(goal), n_layers=8, simulations=800).best == goal
 
