@@ -481,6 +481,7 @@ def test_models_and_datasets_come_from_the_hub_once(hub, tmp_path):
 def test_two_that_fetch_the_same_rows_do_not_disturb_each_other(hub, tmp_path, monkeypatch):
     """Just before one renames the file that it wrote, another fetches the same and renames its own."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(data, "cached_assets_path", lambda *names: tmp_path)
     rename, calls = Path.replace, itertools.count()
     monkeypatch.setattr(Path, "replace", lambda path, target: (
