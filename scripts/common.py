@@ -75,7 +75,7 @@ def lift(pairs):
 
 def readable(chain):
     """Whether PoLar can read a chain: blocks of 1 to 4 layers in the model's order, each skipped, run, or run twice."""
-    chain, done = tuple(chain), 0  # the layers below `done` have had their turn
+    chain, done = tuple(chain), 0  # the layers below `done` are decided
     while chain:
         if chain[0] < done:
             return False
@@ -116,7 +116,7 @@ def read_lines(path):
 
 
 def studies(paths):
-    """The lines of all files, {title of a study: its lines by sample}; a line that stands twice counts once."""
+    """The lines of all files, {title of a study: its lines by sample}; a line that occurs twice counts once."""
     found = {}
     for path in paths:
         for file in files_of(path) or [path]:

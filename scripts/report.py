@@ -114,7 +114,7 @@ def other_questions(lines):
 
 
 def bare(answer):
-    """The answer without its box: PoLar and Dr.LLM compare it with what stands in the model's box."""
+    """The answer without its box: PoLar and Dr.LLM compare it with the content of the model's box."""
     return answer.removeprefix("\\boxed{").removesuffix("}") if answer.startswith("\\boxed{") else answer
 
 
