@@ -28,7 +28,7 @@ try:
 
     import data
     import mcts
-    from model import Llama, Verifier, fetch
+    from model import Llama, Verifier, check_chain, fetch
 except KeyboardInterrupt:  # importing torch takes seconds
     print("interrupted", file=sys.stderr)
     sys.exit(130)
@@ -119,16 +119,16 @@ def add_search_arguments(p):
     search.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
 
 
-def load_checkpoint(args, at_a_time=1):
-    """The model and its tokenizer; also sets the number of threads that suits running that many problems at a time.
+def load_checkpoint(args):
+    """The model and its tokenizer; also sets the number of threads that suits them.
 
     Raises ValueError or OSError with one line that says what to do.
     """
     folder = fetch(TINY if args.model == "tiny" else args.model, args.revision)
     model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
-    # Multiplications per token and layer. Below 500,000, waking several threads costs more than they gain.
-    work = at_a_time * sum(weight.numel() for weight in model.layers[0].parameters())
-    torch.set_num_threads(THREADS if work > 500_000 or "OMP_NUM_THREADS" in os.environ else 1)
+    # A layer multiplies each token by each weight. Below 500,000, waking several threads costs more than they gain.
+    large = sum(weight.numel() for weight in model.layers[0].parameters()) > 500_000
+    torch.set_num_threads(THREADS if large or "OMP_NUM_THREADS" in os.environ else 1)
     return model, data.Tokenizer(folder, chat=not args.no_chat)
 
 
@@ -140,8 +140,7 @@ def parse_chain(text, n_layers):
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise ValueError(f"chain {text!r} has a malformed part {part!r}; write layers and ranges: 0-5,5,8-11")
-        if int(last) >= n_layers:
-            raise ValueError(f"layer {last} does not exist; the model has layers 0 to {n_layers - 1}")
+        check_chain([int(last)], n_layers)
         chain += range(int(first), int(last) + 1)
     return tuple(chain)
 

@@ -85,13 +85,6 @@ class Problem:
                       {"role": "assistant", "content": problem.answer}]
         return turns[:-1]
 
-    def reordered(self, order):
-        """The same problem with its texts in another order under the same labels: first the text order[0], ..."""
-        texts = tuple(self.texts[i] for i in order)
-        question = self.question.removesuffix(listed(self.choices, self.texts)) + listed(self.choices, texts)
-        answer = self.choices[order.index(self.choices.index(self.answer))]
-        return replace(self, question=question, answer=answer, texts=texts)
-
 
 def listed(choices, texts):
     """The choices as lines below a question."""

@@ -15,7 +15,7 @@ import random
 from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from heapq import nlargest
 from itertools import accumulate, pairwise
 from numbers import Real
@@ -25,6 +25,7 @@ SHARPNESS = 3  # an elite chain's transitions weigh its worth to this power
 DEPARTURES = 1.0  # how often the policy departs from the elite's transitions, in n_layers steps
 LOOP = 0.3  # the share of departures that loop; the others skip or stop
 TRIES = 10  # rollouts from a node until one gives a new chain
+MISSES = 1000  # walks that may fail to give a new chain before it seems that there is none
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 
 
@@ -57,21 +58,23 @@ class Node:
     def __init__(self):
         self.children, self.visits, self.value, self.closed = {}, 0, 0.0, False  # value: sum over all visits
 
-    def bound(self, action, prior, exploration):
-        """The upper confidence bound of an action: Q + c * P * sqrt(N) / (1 + n), the PUCT formula of [2].
+    def bound(self, width):
+        """The upper confidence bound Q + c * P * sqrt(N) / (1 + n), PUCT [2]; `width` is c * P * sqrt(N).
 
-        N and n: visits of this node and of the child. Q: mean value of the child or, before it exists, of this node.
+        Q, n, P: this node's mean value, visits and prior. N: its parent's visits.
         """
-        child = self.children.get(action)
-        n, q = (child.visits, child.value / child.visits) if child else (0, self.value / self.visits)
-        return q + exploration * prior * math.sqrt(self.visits) / (1 + n)
+        return self.value / self.visits + width / (1 + self.visits)
 
     def select(self, priors, exploration):
         """The action with the highest bound, or None if all are closed. `priors` lists the most likely action first."""
-        untried = next((action for action in priors if action not in self.children), None)  # the highest bound of these
-        actions = [action for action, child in self.children.items() if not child.closed]
-        actions = [untried, *actions] if untried is not None else actions
-        return max(actions, key=lambda action: self.bound(action, priors[action], exploration), default=None)
+        width, bounds = exploration * math.sqrt(self.visits), {}
+        untried = next((action for action in priors if action not in self.children), None)  # the likeliest of these
+        if untried is not None:  # n is 0, and Q the parent's
+            bounds[untried] = self.value / self.visits + width * priors[untried]
+        for action, child in self.children.items():
+            if not child.closed:
+                bounds[action] = child.bound(width * priors[action])
+        return max(bounds, key=bounds.get, default=None)
 
 
 @cache
@@ -88,94 +91,93 @@ class Search:
     """The tree, the policy and the result of one search; arguments as for `search`. An action is a layer or `stop`.
 
     Attributes:
+      worth: {chain: its score or, if wrong, exp(promise)}, the geometric mean of the answer tokens' probabilities.
+      value: {chain: what it backs up}, its reward with its worth in place of the score.
       limit: the depth beyond which not even a full score would beat the `highest` reward so far (branch and bound).
       elite: the ELITE chains of highest value that are no deeper than `limit` + 1.
-      table: {layer (-1 at the beginning): {action: weight}}, counted in the elite.
+      policy: `policy_after` this elite, as a function of the last layer alone.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, learn, promise):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
         self.learn, self.promise, self.rng, self.allowed = learn, promise, random.Random(seed), allowed
         self.stop = n_layers  # as if it were the layer after the last
-        self.result, self.root, self.limit = Result({}, n_layers, depth_penalty), Node(), 2 * n_layers
-        self.highest, self.elite, self.table, self.policies = -math.inf, [], {}, {}
+        self.result, self.root, self.value, self.worth = Result({}, n_layers, depth_penalty), Node(), {}, {}
+        self.highest, self.limit, self.elite = -math.inf, 2 * n_layers, []
+        self.policy = cache(partial(self.policy_after, {}))  # the full chain's
 
     def window(self, last):
         """The layers that may be appended after the layer `last` (-1 at the beginning)."""
         return range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
-
-    def worth(self, chain):
-        """The score or, for a wrong chain, exp(promise): the geometric mean of the answer tokens' probabilities."""
-        return self.result.evaluated[chain] or math.exp(self.result.promises.get(chain, -math.inf))
-
-    def value(self, chain):
-        """What a chain backs up: its reward, with its worth in place of the score."""
-        return self.result.reward(chain) - self.result.evaluated[chain] + self.worth(chain)
 
     def record(self, chain, score, promise):
         """Adds a chain to the result; a new best one lowers the limit."""
         self.result.evaluated[chain] = score
         if promise is not None and self.promise:
             self.result.promises[chain] = promise
-        if score > 0 and self.learn and self.result.reward(chain) > self.highest:
-            self.highest = self.result.reward(chain)
+        reward = self.result.reward(chain)
+        self.worth[chain] = score or math.exp(self.result.promises.get(chain, -math.inf))
+        self.value[chain] = reward - score + self.worth[chain]
+        if self.learn and score > 0 and reward > self.highest:
+            self.highest = reward
             if self.result.depth_penalty:  # stay below the depth at which a full score has the same reward
-                depth = (1 - self.highest) * self.n_layers / self.result.depth_penalty
+                depth = (1 - reward) * self.n_layers / self.result.depth_penalty
                 self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1
 
     def update_policy(self, chains):
         """Updates the elite with these chains and, if it changed, counts its transitions anew."""
         shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
-        elite = nlargest(ELITE, shallow, key=self.value) if self.learn else []
-        if elite == self.elite:
-            return
-        self.elite, self.table, self.policies = elite, {}, {}
-        for chain in elite:
-            if weight := self.worth(chain) ** SHARPNESS:
-                for last, action in pairwise((-1, *chain, self.stop)):
-                    self.table.setdefault(last, defaultdict(float))[action] += weight
+        elite = nlargest(ELITE, shallow, key=self.value.get) if self.learn else []
+        if elite != self.elite:
+            table = defaultdict(lambda: defaultdict(float))  # {layer: {action: weight}}
+            for chain in elite:
+                if weight := self.worth[chain] ** SHARPNESS:
+                    for last, action in pairwise((-1, *chain, self.stop)):
+                        table[last][action] += weight
+            self.elite, self.policy = elite, cache(partial(self.policy_after, table))
 
-    def policy(self, last):
-        """The policy after a layer: {action: probability}, most likely first; its actions; the cumulative sums."""
-        if last not in self.policies:
-            row, departure = self.table.get(last, {last + 1: 1}), min(0.5, DEPARTURES / self.n_layers)
-            total, priors = sum(row.values()), defaultdict(float)
-            for usual, weight in row.items():
-                priors[usual] += weight / total * (1 - departure)
-                for action, probability in departures(usual, (*self.window(last), self.stop), LOOP).items():
-                    priors[action] += weight / total * departure * probability
-            priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
-            self.policies[last] = priors, [*priors], [*accumulate(priors.values())]
-        return self.policies[last]
+    def policy_after(self, table, last):
+        """{action: probability} after a layer (-1: at the beginning), most likely first; its keys; cumulative sums.
+
+        table: the elite's transitions, {layer: {action: weight}}.
+        """
+        row, departure = table.get(last, {last + 1: 1}), min(0.5, DEPARTURES / self.n_layers)
+        total, priors = sum(row.values()), defaultdict(float)
+        for usual, weight in row.items():
+            priors[usual] += weight / total * (1 - departure)
+            for action, probability in departures(usual, (*self.window(last), self.stop), LOOP).items():
+                priors[action] += weight / total * departure * probability
+        priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
+        return priors, [*priors], [*accumulate(priors.values())][:-1]  # rounded, the last might be below 1
 
     def select(self):
-        """Walks down the tree and expands it by one node: the nodes on the way, and their actions."""
-        path, actions = [self.root], ()
-        while self.learn and path[-1].visits >= MATURE and not path[-1].closed:
-            action = path[-1].select(self.policy(actions[-1] if actions else -1)[0], self.exploration)
+        """Walks down the tree and expands it by one node: the nodes on the way, and the actions to them after a -1."""
+        node, path, prefix = self.root, [self.root], [-1]
+        while self.learn and node.visits >= MATURE and not node.closed:
+            action = node.select(self.policy(prefix[-1])[0], self.exploration)
             if action is None:
-                path[-1].closed = True
+                node.closed = True
             else:
-                path.append(path[-1].children.setdefault(action, Node()))
-                actions += (action,)
-                path[-1].closed = action == self.stop or len(actions) >= self.limit
+                node = node.children.setdefault(action, Node())
+                path.append(node)
+                prefix.append(action)
+                node.closed = action == self.stop or len(prefix) > self.limit
         for node in path:
             node.visits += 1  # a visit of value 0 until the chain is scored
-        if path[-1].closed and actions[-1:] != (self.stop,):
-            actions += (self.stop,)  # at the limit a chain can only stop
-        return path, actions
+        if node.closed and prefix[-1] != self.stop:
+            prefix.append(self.stop)  # at the limit a chain can only stop
+        return path, prefix
 
-    def roll_out(self, actions, pending):
+    def roll_out(self, prefix, pending):
         """Completes a prefix with the policy: a chain that is new, allowed and within the limit; None after TRIES."""
         for _ in range(TRIES):
-            chain, last = [*actions], actions[-1] if actions else -1
-            while last != self.stop and len(chain) <= self.limit:
-                _, choices, cumulative = self.policy(last)
-                last = choices[bisect(cumulative, self.rng.random(), hi=len(choices) - 1)]
-                chain.append(last)
-            chain = tuple(chain[:-1])
-            known = chain in self.result.evaluated or chain in pending
-            if last == self.stop and len(chain) <= self.limit and not known and self.allowed(chain):
+            steps = [*prefix]
+            while steps[-1] != self.stop and len(steps) <= self.limit + 1:
+                _, actions, cumulative = self.policy(steps[-1])
+                steps.append(actions[bisect(cumulative, self.rng.random())])
+            chain = tuple(steps[1:-1])
+            if (steps[-1] == self.stop and len(chain) <= self.limit and chain not in self.value
+                    and chain not in pending and self.allowed(chain)):
                 return chain
         return None
 
@@ -224,26 +226,24 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
     while pending:
         scores = list(score([*pending]))
         if len(scores) != len(pending):
-            chains = [*map(list, pending)]
-            raise ValueError(f"{len(scores)} scores for {len(chains)} chains from {chains[0]} on; return one for each")
+            raise ValueError(f"{len(scores)} scores for {len(pending)} chains from {list(next(iter(pending)))} on; "
+                             "return one for each")
         for chain, chain_score in zip(pending, scores):
             state.record(chain, *split(chain, chain_score))
         state.update_policy(pending)
         for chain, path in pending.items():
-            state.back_up(path, state.value(chain))
-        pending, fruitless = {}, 0
-        while len(pending) < min(batch, simulations - len(state.result.evaluated)):
-            if allowed and fruitless >= 1000 * batch:  # it seems that none is left
-                state.root.closed, fruitless = True, 0
-            if state.root.closed and not pending and state.limit < 2 * n_layers:
-                state.root, state.limit = Node(), 2 * n_layers  # nothing better is left: on to deeper chains
-            if state.root.closed or fruitless >= 50 * batch and (pending or not learn):
-                break
-            path, actions = state.select()  # and expand
-            chain = state.roll_out(actions, pending)
+            state.back_up(path, state.value[chain])
+        pending, misses = {}, 0
+        while len(pending) < min(batch, simulations - len(state.value)):
+            if state.root.closed or misses == MISSES:
+                if pending or state.limit == 2 * n_layers:
+                    break
+                state.root, state.limit, misses = Node(), 2 * n_layers, 0  # nothing better is left: on to deeper chains
+            path, prefix = state.select()  # and expand
+            chain = state.roll_out(prefix, pending)
             if chain is not None:
                 pending[chain] = path
             else:
-                fruitless += 1
+                misses += 1
                 state.back_up(path, -depth_penalty * state.limit / n_layers)  # the lowest value there is
     return state.result

@@ -11,11 +11,13 @@ import math
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,10 +59,8 @@ class Config:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_key_value_heads} key/value heads for {self.num_attention_heads} query heads")
-        if self.head_dim < 2 or self.head_dim % 2:
+        if not self.head_dim or self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} does not split into the two halves of RoPE")
-        if self.num_attention_heads * self.head_dim >= 2 ** 24:
-            raise ValueError(f"{self.num_attention_heads} heads of {self.head_dim} dimensions")
 
     @classmethod
     def from_json(cls, path):
@@ -69,8 +69,8 @@ class Config:
             raw = json.loads(path.read_text(encoding="utf-8"))
             # transformers 5 writes rope_parameters; older checkpoints have rope_theta, and rope_scaling with a "type".
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-            if not isinstance(rope, dict) or raw.get("rope_scaling") not in (None, rope):
-                raise ValueError("rope_parameters and rope_scaling differ, or are malformed")
+            if raw.get("rope_scaling") not in (None, rope):
+                raise ValueError("rope_parameters and rope_scaling differ")
             raw = {"hidden_act": "silu", "partial_rotary_factor": 1, **raw,
                    "rope_type": rope.get("type", "default"), **rope}
             for name, supported in [("model_type", MODEL_TYPES), ("hidden_act", ["silu"]),
@@ -79,31 +79,28 @@ class Config:
                 if raw.get(name) not in supported:
                     raise ValueError(f"{name} {raw.get(name)!r} is not supported; use a checkpoint with "
                                      f"{', '.join(map(str, supported))}")
-            values = {}
+            values = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
             for field in fields(cls):
-                if (value := raw.get(field.name)) is not None:
-                    types = (int, float) if field.type is float else (field.type,)  # JSON may say 1 for 1.0
-                    limit = 2 ** 60 if float in types else 2 ** 24  # real sizes are far below, products fit 64 bits
-                    absent = field.type is int and value == field.default  # some models say 0 for what they lack
-                    if type(value) not in types or int in types and not absent and not 0 < value < limit:
-                        raise ValueError(f"{field.name} {value!r} is of another type or out of range")
-                    values[field.name] = value
+                value, kind = values.get(field.name), field.type
+                absent = value is None or kind is int and value == field.default  # some models say 0 for what they lack
+                limit = 2 ** 24 if kind is int else 2 ** 60  # real sizes are far below
+                if not absent and (type(value) not in (int, kind)  # JSON may say 1 for 1.0
+                                   or kind in (int, float) and not 0 < value < limit):
+                    raise ValueError(f"{field.name} {value!r} is of another type or out of range")
             if missing := [name for name in ROPE_TYPES[raw["rope_type"]] if name not in values]:
                 raise ValueError(f"rope_type {raw['rope_type']} needs {', '.join(missing)}")
             config = cls(**values)
             # Within its first window, sliding attention is full attention, so ending the positions there is enough.
             window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
             if window and raw.get("use_sliding_window", True):
-                if type(window) is not int or window < 0:
-                    raise ValueError(f"sliding_window is {window!r}")
                 config.max_position_embeddings = min(config.max_position_embeddings, window)
             return config
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{path} is missing; give the folder of a checkpoint in the Hugging Face "
                                     "layout") from None
-        except (AttributeError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON that describes a supported decoder ({error}); "
-                             "use another checkpoint, or fetch it again") from None
+        except (ArithmeticError, AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} does not describe a supported decoder ({error}); use another checkpoint, or "
+                             "fetch it again") from None
 
 
 class KVCache:
@@ -331,20 +328,20 @@ class Llama(nn.Module):
         """
         path, device = fetch(path_or_repo, revision), find_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        config, stored = Config.from_json(path / "config.json"), open_weights(path)
-        config.tie_word_embeddings &= "lm_head.weight" not in stored  # a head that is there is used
-        if config.num_hidden_layers > len(stored):
+        config, weights = Config.from_json(path / "config.json"), read_weights(path)
+        config.tie_word_embeddings &= "lm_head.weight" not in weights
+        if config.num_hidden_layers > len(weights):
             raise ValueError(f"{path} has too few tensors for {config.num_hidden_layers} layers; fetch it again")
-        shapes = {name: entry.get_shape() for name, entry in stored.items()}
-        with torch.device("meta"):  # no memory yet: the tensors read below become the parameters, one by one
-            model = cls(config, shapes)
-        expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        for name in sorted(expected.keys() | shapes.keys()):
-            if shapes.get(name) != expected.get(name):
-                raise ValueError(f"{path}: tensor {name} is {shapes.get(name, 'missing')}, where config.json asks for "
-                                 f"{expected.get(name, 'no such tensor')}; fetch the checkpoint again")
-        weights = {name: read_tensor(path, name, entry, device, dtype) for name, entry in stored.items()}
-        model.load_state_dict(weights, strict=False, assign=True)  # not strict, for a tied head is not stored
+        weights = {name: convert(name, tensor, device, dtype) for name, tensor in weights.items()}
+        if config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights.get("embed_tokens.weight")
+        try:
+            with torch.device("meta"):  # no memory yet: the tensors become the parameters
+                model = cls(config, {name: [*tensor.shape] for name, tensor in weights.items()})
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: the weights are not those that config.json describes ({str(error)[:300]}); "
+                             "fetch the checkpoint again") from None
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
@@ -418,37 +415,12 @@ def check_positions(n_tokens, config):
 HEAD_ROWS = 256  # positions that go through the head at once: over a large vocabulary their logits fill memory
 
 
-def judge(logits, answer, stop, fused):
-    """(correct, promise) of an answer from the logits at the positions that predict it and, if there is one, a stop.
-
-    Args:
-      logits: [chains, len(answer) + 1, vocab_size]; without a stop one position less.
-      answer, stop, fused: tensors of ids, as for `TaskVerifier`.
-    Returns [chains, 2]: 1 if greedy decoding writes the answer and stops, else 0; and the promise.
-    """
-    logits, n = logits.float(), len(answer)
-    total, greedy = logits.logsumexp(-1), logits.argmax(-1)  # [chains, positions]
-    matches = greedy[:, :n] == answer  # [chains, len(answer)]
-    tokens = logits[:, range(n), answer] - total[:, :n]
-    ends, end = True, 0
-    if stop is not None:
-        ends, end = torch.isin(greedy[:, n], stop), logits[:, n, stop].logsumexp(-1) - total[:, n]
-    # There are two ways to end: the last token and then a stop, or both in one token.
-    ends_at_once = torch.isin(greedy[:, n - 1], fused)
-    end_at_once = logits[:, n - 1, fused].logsumexp(-1) - total[:, n - 1]
-    correct = matches.all(-1) & ends | matches[:, :-1].all(-1) & ends_at_once
-    promise = torch.logaddexp(tokens.sum(-1) + end, tokens[:, :-1].sum(-1) + end_at_once) / logits.shape[1]
-    # Logits that overflow give no promise; rounding may lift one above 0.
-    return torch.stack((correct.float(), promise.nan_to_num(nan=-math.inf, neginf=-math.inf).clamp(max=0)), dim=-1)
-
-
-class TaskVerifier:
-    """Scores chains on several problems: does greedy decoding under the chain write the answer, and how likely is it?
+class Verifier:
+    """Scores chains on one problem: does greedy decoding under the chain write the answer, and how likely is it?
 
     One pass a chain. As in speculative decoding the answer is a draft: in a pass over prompt + answer, greedy decoding
     would have written the answer if and only if each of its tokens is the argmax after those before it. So there is no
-    decoding loop and no key/value cache, and the head runs on the answer's positions only. Problems are padded at the
-    end, where causal attention does not look.
+    decoding loop and no key/value cache, and the head runs on the answer's positions only.
 
     Shared prefixes. Chains that begin alike share their hidden states, which are kept by prefix, under a byte budget.
 
@@ -462,46 +434,39 @@ class TaskVerifier:
 
     Args:
       model: a Llama.
-      problems: list of (prompt, answer, stop, fused), not empty. prompt (not empty either) and answer are token ids.
-        stop is a set of ids, one of which must follow the answer, or None if the answer is complete without. fused
-        (optional) is a set of single tokens that spell the answer's last token and a stop after it, such as ")\n".
+      prompt, answer: token ids; a prompt has at least one.
+      stop: set of ids, one of which must follow the answer; None if the answer is complete without.
       cache_mb: megabytes (2 ** 20 bytes) of hidden states to keep for later calls; scores do not depend on it, except
         for rounding.
+      fused: set of single tokens that spell the answer's last token and a stop after it, such as ")\\n".
     Attributes:
       steps_asked: layer steps of all chains so far, as if each ran by itself.
       steps_run: layer steps that were run.
     Raises ValueError for an empty prompt, or more tokens than the model has positions.
     """
 
-    def __init__(self, model, problems, cache_mb=1024):
-        if not all(len(prompt) for prompt, *_ in problems):
+    def __init__(self, model, prompt, answer, stop=None, cache_mb=1024, fused=()):
+        if not prompt:
             raise ValueError("the prompt has no tokens; give it at least one")
-        problems = [(*problem, ())[:4] for problem in problems]
-        longest = max(len(prompt) + len(answer) for prompt, answer, *_ in problems)
-        check_positions(longest, model.config)
-        device = model.lm_head.weight.device
-        tokens = torch.tensor([[*prompt, *answer] + [0] * (longest - len(prompt) - len(answer))
-                               for prompt, answer, *_ in problems], device=device)
-        self.expected = [[ids if ids is None else torch.tensor([*ids], dtype=torch.long, device=device)
-                          for ids in (answer, stop, fused)] for _, answer, stop, fused in problems]
-        # The rows [problem, position] that predict the answers and the stops, and how many of them each problem has.
-        self.row_counts = [max(1, len(answer) + (stop is not None)) for _, answer, stop, _ in problems]
-        self.rows = torch.tensor([(i, len(problems[i][0]) - 1 + row) for i, count in enumerate(self.row_counts)
-                                  for row in range(count)], device=device).unbind(1)
+        check_positions(len(prompt) + len(answer), model.config)
+        to_ids = partial(torch.tensor, dtype=torch.long, device=model.lm_head.weight.device)
         self.model, self.free_bytes = model, cache_mb * 2 ** 20
+        self.answer, self.stop, self.fused = to_ids(answer), None if stop is None else to_ids([*stop]), to_ids([*fused])
+        # The positions whose logits predict the answer and the stop after it.
+        self.positions = slice(len(prompt) - 1, len(prompt) + max(0, len(answer) - (stop is None)))
         with torch.inference_mode():
-            self.embedded = model.embed_tokens(tokens)  # the states of the empty prefix: [problems, T, hidden_size]
-        self.rope = rope_table(model.config, 0, longest, self.embedded)
-        self.states = OrderedDict()  # {prefix: its hidden states}, the least recently used first
+            self.embedded = model.embed_tokens(to_ids([[*prompt, *answer]]))  # [1, T, hidden_size]
+        self.rope = rope_table(model.config, 0, len(prompt) + len(answer), self.embedded)
+        self.states = OrderedDict()  # {prefix: the hidden states after it}, the least recently used first
         self.steps_asked = self.steps_run = 0
 
     def __call__(self, chains):
-        """A list of chains to a list of lists of bool, [chains][problems]: the first of each score."""
-        return [[correct for correct, _ in scores] for scores in self.score(chains)]
+        """A list of chains to a list of bool: the first of each score."""
+        return [correct for correct, _ in self.score(chains)]
 
     @torch.inference_mode()
     def score(self, chains):
-        """A list of chains to a list of lists of (correct, promise), [chains][problems].
+        """A list of chains to a list of (correct, promise).
 
         correct: whether greedy decoding writes the answer and stops. promise: the mean log-probability of the answer's
         tokens and, where one is asked for, of a stop after them; -inf where the logits overflow.
@@ -510,36 +475,47 @@ class TaskVerifier:
         chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
         if not chains:
             return []
-        ends = self.run(chains)
-        columns = []  # one a problem, [chains, 2]
-        for states, ids in zip(torch.stack([*ends.values()]).split(self.row_counts, dim=1), self.expected):
-            parts = states.split(max(1, HEAD_ROWS // states.shape[1]))  # each [chains, positions, hidden_size]
-            columns.append(torch.cat([judge(self.model.lm_head(self.model.norm(part)), *ids) for part in parts]))
-        scores = dict(zip(ends, torch.stack(columns, dim=1).tolist()))
-        return [[(bool(correct), promise) for correct, promise in scores[chain]] for chain in chains]
+        hidden = self.run(chains)
+        parts = torch.stack([*hidden.values()]).split(max(1, HEAD_ROWS // (self.positions.stop - self.positions.start)))
+        correct, promise = (torch.cat(part).tolist() for part in zip(*map(self.judge, parts)))
+        scores = dict(zip(hidden, zip(correct, promise)))
+        return [scores[chain] for chain in chains]
+
+    def judge(self, hidden):
+        """(correct, promise), each [chains], from the states at `positions`, [chains, len(positions), hidden_size]."""
+        logits, n = self.model.lm_head(self.model.norm(hidden)).float(), len(self.answer)
+        total, greedy = logits.logsumexp(-1), logits.argmax(-1)  # [chains, len(positions)]
+        matches = greedy[:, :n] == self.answer  # [chains, n]
+        tokens = logits[:, range(n), self.answer] - total[:, :n]
+        ends, end = True, 0
+        if self.stop is not None:
+            ends, end = torch.isin(greedy[:, n], self.stop), logits[:, n, self.stop].logsumexp(-1) - total[:, n]
+        # There are two ways to end: the last token and then a stop, or both in one token.
+        ends_at_once = torch.isin(greedy[:, n - 1], self.fused)
+        end_at_once = logits[:, n - 1, self.fused].logsumexp(-1) - total[:, n - 1]
+        correct = matches.all(-1) & ends | matches[:, :-1].all(-1) & ends_at_once
+        promise = torch.logaddexp(tokens.sum(-1) + end, tokens[:, :-1].sum(-1) + end_at_once) / logits.shape[1]
+        # Logits that overflow give no promise; rounding may lift one above 0.
+        return correct, promise.nan_to_num(nan=-math.inf, neginf=-math.inf).clamp(max=0)
 
     def run(self, chains):
-        """The hidden states after each chain in the rows that the head reads, {chain: [rows, hidden_size]}."""
+        """{chain: the hidden states after it at `positions`, [len(positions), hidden_size]}."""
         self.steps_asked += sum(map(len, chains))
-        pending = {chain: self.recall(chain) for chain in chains}  # {chain: (steps done, hidden states after them)}
-        ends = {}
-        while True:
-            for chain in [chain for chain, (steps, _) in pending.items() if steps == len(chain)]:
-                ends[chain] = pending.pop(chain)[1][self.rows]
-            if not pending:
-                return ends
+        done = {chain: self.recall(chain) for chain in chains}  # {chain: (number of steps, hidden states after them)}
+        while pending := {chain: done[chain][0] for chain in done if done[chain][0] < len(chain)}:
             # The lowest: chains mostly climb, so those behind reach the layers where the others wait, and join them.
-            layer = min(chain[steps] for chain, (steps, _) in pending.items())
-            batch = {chain[:steps + 1]: states for chain, (steps, states) in pending.items() if chain[steps] == layer}
+            layer = min(chain[steps] for chain, steps in pending.items())
+            batch = {chain[:steps + 1]: done[chain][1] for chain, steps in pending.items() if chain[steps] == layer}
+            outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(1)
             self.steps_run += len(batch)
-            outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(len(self.expected))
             # A clone for each prefix, or one that is kept would hold its whole batch in memory.
             after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
             for prefix, states in after.items():
                 self.keep(prefix, states)
-            for chain, (steps, _) in pending.items():
+            for chain, steps in pending.items():
                 if chain[steps] == layer:
-                    pending[chain] = steps + 1, after[chain[:steps + 1]]
+                    done[chain] = steps + 1, after[chain[:steps + 1]]
+        return {chain: states[0, self.positions] for chain, (_, states) in done.items()}
 
     def recall(self, chain):
         """The longest prefix of a chain whose states are kept: its length, and the states."""
@@ -555,19 +531,6 @@ class TaskVerifier:
         self.free_bytes -= states.nbytes
         while self.free_bytes < 0:
             self.free_bytes += self.states.popitem(last=False)[1].nbytes
-
-
-class Verifier(TaskVerifier):
-    """A `TaskVerifier` of one problem: one verdict, or one score, for each chain."""
-
-    def __init__(self, model, prompt, answer, stop=None, cache_mb=1024, fused=()):
-        super().__init__(model, [(prompt, answer, stop, fused)], cache_mb)
-
-    def __call__(self, chains):
-        return [correct for correct, _ in self.score(chains)]
-
-    def score(self, chains):
-        return [scores[0] for scores in super().score(chains)]
 
 
 # Devices and checkpoints.
@@ -597,24 +560,10 @@ def fetch(path_or_repo, revision=None):
         "chat_template.jinja", "model.safetensors.index.json", "model*.safetensors"]))
 
 
-def open_weights(path):
-    """The checkpoint's tensors, not read yet: {name, without the leading "model.": slice with shape and dtype}."""
-    stored = {}
-    for file in weight_files(path):
-        try:
-            tensors = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete safetensors file ({error}); fetch it again") from None
-        for name in tensors.keys():
-            if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what follows from the config
-                stored[name.removeprefix("model.")] = tensors.get_slice(name)
-    return stored
-
-
 def weight_files(path):
-    """The checkpoint's safetensors files: those that the index names, or the single one."""
+    """The checkpoint's safetensors files: those that its index names, or the single one."""
     files, index = ["model.safetensors"], path / "model.safetensors.index.json"
-    if index.exists():
+    if index.is_file():
         try:
             files = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -625,13 +574,23 @@ def weight_files(path):
     return [path / file for file in files]
 
 
-def read_tensor(path, name, entry, device, dtype):
-    """The tensor of an entry. Raises ValueError if it is quantized, or if it holds NaN or infinity in this dtype."""
-    if entry.get_dtype() not in ("F32", "BF16", "F16"):
-        raise ValueError(f"{path}: tensor {name} is {entry.get_dtype()}; quantized weights are not supported, use "
-                         "another checkpoint")
-    tensor = entry[:].to(device, dtype)
+def read_weights(path):
+    """The checkpoint's tensors, {name less the leading "model.": tensor}; they are mapped files until they are used."""
+    weights = {}
+    for file in weight_files(path):
+        try:
+            weights |= {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a complete safetensors file ({error}); fetch it again") from None
+    # Old checkpoints store these frequencies, which follow from the config.
+    return {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def convert(name, tensor, device, dtype):
+    """The tensor on this device in this dtype. Raises ValueError if it is quantized or gets infinite values, or NaN."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"tensor {name} is {tensor.dtype}; use a checkpoint that is not quantized")
+    tensor = tensor.to(device, dtype)
     if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN spreads to both
-        raise ValueError(f"{path}: tensor {name} holds NaN or infinity as {str(dtype).removeprefix('torch.')}; use "
-                         "another --dtype, or fetch the checkpoint again")
+        raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}; use another --dtype, or fetch it again")
     return tensor

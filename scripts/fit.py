@@ -22,25 +22,22 @@ import cola
 from tqdm import tqdm
 
 import data
-from model import TaskVerifier
 from scripts import common
 from scripts.export import export, new_folder, source
 
-PART = 16  # samples that run as one batch
+PART = 16  # samples between two looks at which chains have fallen behind
 ROWS = 6  # chains of the front in the table, at most
 
 
-def verifiers(model, tokenizer, problems, samples, cache_mb):
-    """A TaskVerifier for each part of the samples, which are ids. Raises ValueError that names one that cannot run."""
-    asked = []
-    for i in samples:
+def samples_of(model, tokenizer, problems, ids, cache_mb):
+    """A Sample for each id. Raises ValueError that names one that cannot run."""
+    samples = []
+    for i in ids:
         try:
-            sample = cola.Sample(model, tokenizer, problems[i], 0)
+            samples.append(cola.Sample(model, tokenizer, problems[i], cache_mb / len(ids)))
         except ValueError as error:
             raise ValueError(f"sample {i}: {error}") from None
-        asked.append((sample.prompt, sample.target, sample.stop, sample.fused))
-    parts = [asked[i:i + PART] for i in range(0, len(asked), PART)]
-    return [TaskVerifier(model, part, cache_mb // len(parts)) for part in parts]
+    return samples
 
 
 class Score:
@@ -51,8 +48,8 @@ class Score:
       best: the chain of highest rank among those that have run on all samples.
     """
 
-    def __init__(self, parts, layer_price):
-        self.parts, self.layer_price, self.verdicts, self.best = parts, layer_price, {}, None
+    def __init__(self, samples, layer_price):
+        self.samples, self.layer_price, self.verdicts, self.best = samples, layer_price, {}, None
 
     def share(self, chain):
         return sum(self.verdicts[chain]) / len(self.verdicts[chain])
@@ -78,9 +75,10 @@ class Score:
     def __call__(self, chains):
         self.verdicts |= {chain: [] for chain in chains}
         running, scores = chains, {}
-        for part in self.parts:
-            for chain, verdicts in zip(running, part(running)):
-                self.verdicts[chain] += verdicts
+        for i in range(0, len(self.samples), PART):
+            for sample in self.samples[i:i + PART]:
+                for chain, verdict in zip(running, sample.verify(running)):
+                    self.verdicts[chain].append(verdict)
             for chain in [chain for chain in running if self.best is not None and self.behind(chain)]:
                 # Not its own share, which depends on the samples seen as much as on the chain.
                 estimate = self.share(self.best) - self.lost(chain) / len(self.verdicts[chain])
@@ -117,12 +115,12 @@ def main(args):
         raise ValueError(f"--fit {args.fit} and --test {args.test} have samples in common; keep them apart")
     if args.export:
         new_folder(args.export, source(args.model, args.revision))
-    model, tokenizer = cola.load_checkpoint(args, PART)
+    model, tokenizer = cola.load_checkpoint(args)
     n_layers, full = len(model.layers), tuple(range(len(model.layers)))
     order = random.Random(args.seed).sample(fit, len(fit))  # an easy part says little about hard ones
-    parts = verifiers(model, tokenizer, problems, order, args.cache_mb)
-    test_parts = verifiers(model, tokenizer, problems, test, 0)  # each runs once, so there is nothing to keep
-    score, start = Score(parts, args.depth_penalty / n_layers), time.perf_counter()
+    samples = samples_of(model, tokenizer, problems, order, args.cache_mb)
+    test_samples = samples_of(model, tokenizer, problems, test, 0)  # each runs once, so there is nothing to keep
+    score, start = Score(samples, args.depth_penalty / n_layers), time.perf_counter()
     with tqdm(total=args.simulations, desc="fit", unit="chain", disable=None, leave=False) as bar:
         def count(chains):
             shares = score(chains)
@@ -132,9 +130,9 @@ def main(args):
     seconds, front = time.perf_counter() - start, score.front()
     rows = [("full", full), ("fitted", front[0]), *(("front", chain) for chain in front[1:ROWS])]
     correct = {chain: [] for _, chain in rows}
-    for part in tqdm(test_parts, desc="test", unit="part", disable=None, leave=False):
-        for chain, verdicts in zip(correct, part([*correct])):
-            correct[chain] += verdicts
+    for sample in tqdm(test_samples, desc="test", unit="sample", disable=None, leave=False):
+        for chain, verdict in zip(correct, sample.verify([*correct])):
+            correct[chain].append(verdict)
     on_all = sum(len(verdicts) == len(fit) for verdicts in score.verdicts.values())
     print(f"{args.model}, {args.dataset}, {args.shots} shots, fit {args.fit}, test {args.test}, depth penalty "
           f"{args.depth_penalty}: {len(score.verdicts)} chains in {seconds:.0f} s, {on_all} of them on all samples\n")

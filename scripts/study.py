@@ -59,13 +59,21 @@ def decoy_answer(tokenizer, problem, problems, prediction, rng):
     return None
 
 
+def reordered(problem, order):
+    """The same problem with its texts in another order under the same labels: first the text order[0], ..."""
+    texts = tuple(problem.texts[i] for i in order)
+    question = problem.question.removesuffix(data.listed(problem.choices, problem.texts))
+    return replace(problem, question=question + data.listed(problem.choices, texts), texts=texts,
+                   answer=problem.choices[order.index(problem.choices.index(problem.answer))])
+
+
 def elsewhere(problems, i, count, rng):
     """Up to `count` problems to try the best chain of problem i on, as described above."""
     problem, others = problems[i], []
     if not problem.choices:
         return [other for other in problems[i + 1:] + problems[:i] if other.level == problem.level][:count]
     for _ in range(20 * count):  # two or three choices have few orders
-        other = problem.reordered(rng.sample(range(len(problem.choices)), len(problem.choices)))
+        other = reordered(problem, rng.sample(range(len(problem.choices)), len(problem.choices)))
         if other.answer != problem.answer and other not in others:
             others.append(other)
     return others[:count]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 from scripts import common
-from scripts.fit import verifiers
+from scripts.fit import samples_of
 
 CHAINS = 64  # that run as one batch
 
@@ -43,7 +43,6 @@ def main(args):
         model, tokenizer = cola.load_checkpoint(args)
         problems = data.load(args.dataset, settings["shots"], settings["split"],
                              args.boxed or settings.get("boxed"))
-        samples = [line["sample"] for line in lines]
         for line in lines:
             if line["sample"] >= len(problems) or problems[line["sample"]].question != line["question"]:
                 raise ValueError(f"{args.dataset} has no sample {line['sample']}, or asks another question there; give "
@@ -51,11 +50,11 @@ def main(args):
         found = [line for line in lines if line["best"] is not None]
         chains = [*{tuple(line["best"]): None for line in found} | {tuple(range(len(model.layers))): None}]
         correct = {chain: [] for chain in chains}  # {chain: verdict on the sample of each line}
-        parts = verifiers(model, tokenizer, problems, samples, args.cache_mb)
-        for part in tqdm(parts, desc=title, unit="part", disable=None, leave=False):
+        samples = samples_of(model, tokenizer, problems, [line["sample"] for line in lines], args.cache_mb)
+        for sample in tqdm(samples, desc=title, unit="sample", disable=None, leave=False):
             for i in range(0, len(chains), CHAINS):
-                for chain, verdicts in zip(chains[i:], part(chains[i:i + CHAINS])):
-                    correct[chain] += verdicts
+                for chain, verdict in zip(chains[i:], sample.verify(chains[i:i + CHAINS])):
+                    correct[chain].append(verdict)
 
         levels = sorted({str(line["level"]) for line in lines})
         print(f"{title}\n\n| chains | {' | '.join(f'level {level}' for level in levels)} |")
