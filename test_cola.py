@@ -1697,7 +1697,7 @@ def test_the_code_that_the_readme_quotes_is_the_code():
     tour = README.split("## The code in five minutes")[1].split("\n## ")[0]
     quoted, source = re.findall(r"```python\n(.*?)```", tour, re.S), (ROOT / "model.py").read_text() + (
         ROOT / "mcts.py").read_text()
-    assert len(quoted) >= 4 and all(code in source for code in quoted)
+    assert len(quoted) >= 2 and all(code in source for code in quoted)
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README.split("## Fork it")[-1], re.S))
