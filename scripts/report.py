@@ -42,6 +42,7 @@ from scripts.common import lift, mean, share
 
 CHAINS = "final_valid_transitions", "final_invalid_transitions"
 
+
 def parser():
     p = cola.Parser("python -m scripts.report", __doc__)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what scripts.study wrote, .jsonl or .jsonl.gz")
