@@ -1,4 +1,4 @@
-"""Find the shortest chain of layers with which a model answers one sample correctly.
+"""Search for a short chain of layers with which a model answers one sample correctly.
 
     python cola.py --sample-id 12
     python cola.py --sample-id 12 --chain 0-5,5,8-11
@@ -162,7 +162,7 @@ def runs(chain, joined):
 
 
 def draw(chain, n_layers):
-    """A chain as lines of text, one for each pass forward: "." is a skipped layer, "x" one cut off at the end.
+    """A chain as lines of text: "." is a skipped layer, "x" one cut off at the end. A loop back begins a new line.
 
         layers   0 1 2 3 4 5
         first    0 1 . 3
@@ -278,16 +278,16 @@ def search_chain(args, sample):
     correct = result.correct()
     say("search", f"{len(result.evaluated)} chains evaluated, {len(correct)} correct, in {seconds:.2f} s, "
                   f"{len(result.evaluated) / seconds:.1f} chains/s\n"
-                  f"{sample.verify.steps_run} layer steps run of {sample.verify.steps_asked}, the others being shared")
-    best = next((chain for chain in correct if sample.answer(chain)[1]), None)  # plain generation has the last word
+                  f"{sample.verify.steps_run} layer steps run of {sample.verify.steps_asked}, the rest were shared")
+    best = next((chain for chain in correct if sample.answer(chain)[1]), None)  # `generate` has the last word
     discarded = len(correct) if best is None else correct.index(best)
     if best is None:
-        say("best", "none: no chain found answers correctly")
+        say("best", "none: no correct chain found")
     else:
         say_answer("best", sample, best)
         say_chain(best, n_layers)
     if discarded:
-        say("discarded", f"{discarded} chains that plain generation did not confirm")
+        say("discarded", f"{discarded} chains that `generate` did not confirm")
 
 
 def run(args):

@@ -33,7 +33,7 @@ NUMBERS_BELOW = 20  # so 0 to 19
 N_PROBLEMS = 2000  # in each arithmetic dataset
 ARITHMETIC = {"arithmetic": [*TERMS_OF_LEVEL],  # dataset: its levels
               **{f"arithmetic-{level}": [level] for level in TERMS_OF_LEVEL}}
-FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read by the hub's dataset viewer: repository, config
+FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read through the hub's dataset viewer: repository, config
                "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge"),
                "gsm8k": ("openai/gsm8k", "main")}
 MATH = ("math", "math-1", "math-2", "math-3", "math-4", "math-5")
@@ -202,7 +202,7 @@ def read_jsonl(path):
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
-                    json.dumps(row, ensure_ascii=False).encode()  # an escape such as \ud83d is half a character
+                    json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate such as \ud83d
                     problems.append(problem := read_row(row, f"{path}, line {number}", position=len(problems)))
                     first, answer = answers.setdefault(problem.question, (number, problem.answer))
                     if problem.answer != answer:
@@ -368,7 +368,7 @@ class Tokenizer:
                                                     extensions=[jinja2.ext.loopcontrols])
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime, **self.special}
-        # {% generation %} marks what a model is trained to write; jinja2 knows such a plain block as {% with %}.
+        # {% generation %} marks what a model is trained to write; jinja2 lacks this tag but has {% with %}, as plain.
         return environment.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", self.source))
 
     def render(self, messages, answered=False):

@@ -1,13 +1,14 @@
-"""Monte Carlo Tree Search for a chain of layers: UCT over "append a layer" and "stop".
+"""Monte Carlo Tree Search for a chain of layers: UCT with priors over "append a layer" and "stop".
 
 A node of the tree is a prefix of a chain. After a prefix whose last layer is l, the actions are to append a layer from
 l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. Appending l + 1 continues with the next
 layer, a lower one loops, a higher one skips; stopping before the last layer is an early exit.
 
-The policy provides the tree's priors and the rollouts. It is a table of transitions counted in the elite, the most
-valuable chains so far: after a layer it does what elite chains do next, and occasionally something close to that.
+The policy provides the tree's priors and the rollouts. It depends on the last layer only: a table of transitions
+counted in the elite, the most valuable chains so far. After a layer it does what elite chains do next or, now and then,
+something close to that.
 
-References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT, Silver et al. 2016 (AlphaGo).
+References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT (UCT with priors), Silver et al. 2016 (AlphaGo).
 CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours builds them layer by layer.
 """
 import math
@@ -21,12 +22,12 @@ from itertools import accumulate, pairwise
 from numbers import Real
 
 ELITE = 16  # chains in the elite
-SHARPNESS = 3  # an elite chain's transitions weigh its worth to this power
-DEPARTURES = 1.0  # how often the policy departs from the elite's transitions, in n_layers steps
+SHARPNESS = 3  # a transition counts as much as the worth of its chain to this power
+DEPARTURES = 1.0  # expected departures from the elite's transitions in n_layers steps
 LOOP = 0.3  # the share of departures that loop; the others skip or stop
-TRIES = 10  # rollouts from a node until one gives a new chain
-MISSES = 1000  # walks that may fail to give a new chain before it seems that there is none
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
+TRIES = 10  # rollouts from a node until one gives a new chain
+MISSES = 1000  # walks without a new chain after which the search assumes that none is left
 
 
 @dataclass
@@ -56,21 +57,21 @@ class Node:
     """A prefix of a chain or, after the action stop, a complete chain; closed once all chains below are evaluated."""
 
     def __init__(self):
-        self.children, self.visits, self.value, self.closed = {}, 0, 0.0, False  # value: sum over all visits
+        self.children, self.visits, self.total, self.closed = {}, 0, 0.0, False  # total: of the values backed up
 
     def bound(self, width):
         """The upper confidence bound Q + c * P * sqrt(N) / (1 + n), PUCT [2]; `width` is c * P * sqrt(N).
 
         Q, n, P: this node's mean value, visits and prior. N: its parent's visits.
         """
-        return self.value / self.visits + width / (1 + self.visits)
+        return self.total / self.visits + width / (1 + self.visits)
 
     def select(self, priors, exploration):
         """The action with the highest bound, or None if all are closed. `priors` lists the most likely action first."""
         width, bounds = exploration * math.sqrt(self.visits), {}
-        untried = next((action for action in priors if action not in self.children), None)  # the likeliest of these
-        if untried is not None:  # n is 0, and Q the parent's
-            bounds[untried] = self.value / self.visits + width * priors[untried]
+        untried = next((action for action in priors if action not in self.children), None)  # has the highest prior
+        if untried is not None:  # its n is 0; for lack of its own, Q is the mean value of this node
+            bounds[untried] = self.total / self.visits + width * priors[untried]
         for action, child in self.children.items():
             if not child.closed:
                 bounds[action] = child.bound(width * priors[action])
@@ -79,12 +80,11 @@ class Node:
 
 @cache
 def departures(usual, actions, loop):
-    """{action: probability} for a step that departs from the usual action: the closer an action, the likelier."""
+    """{action: probability} of a departure from the usual action, the closer the likelier; `loop`: of going back."""
     back = {action: 1 / (usual - action) for action in actions if action < usual}
     ahead = {action: 1 / (action - usual) for action in actions if action > usual}
-    loop = loop if back and ahead else float(not ahead)
-    return {action: share * weight / sum(weights.values())
-            for share, weights in ((loop, back), (1 - loop, ahead)) for action, weight in weights.items()} or {usual: 1}
+    sides = [(back, loop if ahead else 1), (ahead, 1 - loop if back else 1)]
+    return {action: share * weight / sum(side.values()) for side, share in sides for action, weight in side.items()}
 
 
 class Search:
@@ -93,8 +93,8 @@ class Search:
     Attributes:
       worth: {chain: its score or, if wrong, exp(promise)}, the geometric mean of the answer tokens' probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
-      limit: the depth beyond which not even a full score would beat the `highest` reward so far (branch and bound).
-      elite: the ELITE chains of highest value that are no deeper than `limit` + 1.
+      limit: the greatest depth at which a full score would beat the `highest` reward so far (branch and bound).
+      elite: the ELITE chains of highest value that are no deeper than the best one, which is one deeper than `limit`.
       policy: `policy_after` this elite, as a function of the last layer alone.
     """
 
@@ -111,7 +111,7 @@ class Search:
         return range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
 
     def record(self, chain, score, promise):
-        """Adds a chain to the result; a new best one lowers the limit."""
+        """Adds a chain to the result; a new best chain lowers the limit."""
         self.result.evaluated[chain] = score
         if promise is not None and self.promise:
             self.result.promises[chain] = promise
@@ -120,7 +120,7 @@ class Search:
         self.value[chain] = reward - score + self.worth[chain]
         if self.learn and score > 0 and reward > self.highest:
             self.highest = reward
-            if self.result.depth_penalty:  # stay below the depth at which a full score has the same reward
+            if self.result.depth_penalty:  # below the depth at which a full score has the same reward
                 depth = (1 - reward) * self.n_layers / self.result.depth_penalty
                 self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1
 
@@ -150,8 +150,8 @@ class Search:
         priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
         return priors, [*priors], [*accumulate(priors.values())][:-1]  # rounded, the last might be below 1
 
-    def select(self):
-        """Walks down the tree and expands it by one node: the nodes on the way, and the actions to them after a -1."""
+    def select_and_expand(self):
+        """Walks down to a node of fewer than MATURE visits, maybe a new one: the nodes, and the actions after a -1."""
         node, path, prefix = self.root, [self.root], [-1]
         while self.learn and node.visits >= MATURE and not node.closed:
             action = node.select(self.policy(prefix[-1])[0], self.exploration)
@@ -163,9 +163,9 @@ class Search:
                 prefix.append(action)
                 node.closed = action == self.stop or len(prefix) > self.limit
         for node in path:
-            node.visits += 1  # a visit of value 0 until the chain is scored
+            node.visits += 1  # virtual loss: value 0 until the chain is scored, so that its batch spreads out
         if node.closed and prefix[-1] != self.stop:
-            prefix.append(self.stop)  # at the limit a chain can only stop
+            prefix.append(self.stop)  # at the limit a chain can only stop, and below an exhausted node none is new
         return path, prefix
 
     def roll_out(self, prefix, pending):
@@ -183,7 +183,7 @@ class Search:
 
     def back_up(self, path, value):
         for node in path:
-            node.value += value
+            node.total += value
 
 
 def split(chain, score):
@@ -210,8 +210,9 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       max_skip, max_loop: layers that a step may skip (None: any number) and go back; depth is 2 * n_layers at most.
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
         is). The search may miss some if it allows few.
-      batch: chains to score at a time; a pending one counts as a visit of value 0.
-      learn, promise: two controls; False draws chains around the full-depth chain without a tree, or ignores promises.
+      batch: chains to score at a time.
+      learn: False is a control that draws chains around the full-depth chain, without a tree.
+      promise: False is a control that ignores promises.
     Raises ValueError for a number out of range, and for scores that are malformed or not one for each chain.
     """
     max_skip = n_layers if max_skip is None else max_skip
@@ -239,7 +240,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                 if pending or state.limit == 2 * n_layers:
                     break
                 state.root, state.limit, misses = Node(), 2 * n_layers, 0  # nothing better is left: on to deeper chains
-            path, prefix = state.select()  # and expand
+            path, prefix = state.select_and_expand()
             chain = state.roll_out(prefix, pending)
             if chain is not None:
                 pending[chain] = path

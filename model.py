@@ -212,7 +212,7 @@ class Attention(nn.Module):
         new, known, mask = q.shape[2], k.shape[2], None  # a single new token sees every key
         if 1 < new < known:  # is_causal would take the first query for the first position
             mask = torch.ones(new, known, dtype=torch.bool, device=x.device).tril(known - new)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < new == known, enable_gqa=True)  # like q
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < new == known, enable_gqa=True)  # shaped like q
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -252,7 +252,7 @@ class Experts(nn.Module):
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         y, chosen, weights = torch.zeros_like(flat), chosen.flatten(), weights.flatten()  # [tokens * top_k]
-        counts = chosen.bincount(minlength=len(self.experts)).tolist()  # the only wait for a GPU
+        counts = chosen.bincount(minlength=len(self.experts)).tolist()  # the only synchronization with a GPU
         for expert, places in zip(self.experts, chosen.argsort().split(counts)):
             if len(places):
                 token = places // self.top_k
@@ -418,9 +418,9 @@ HEAD_ROWS = 256  # positions that go through the head at once: over a large voca
 class Verifier:
     """Scores chains on one problem: does greedy decoding under the chain write the answer, and how likely is it?
 
-    One pass a chain. As in speculative decoding the answer is a draft: in a pass over prompt + answer, greedy decoding
-    would have written the answer if and only if each of its tokens is the argmax after those before it. So there is no
-    decoding loop and no key/value cache, and the head runs on the answer's positions only.
+    One forward pass per chain. As in speculative decoding the answer is a draft: greedy decoding writes it if and only
+    if, in a pass over prompt + answer, each of its tokens is the argmax after those before it. So there is no decoding
+    loop and no key/value cache, and the head runs on the answer's positions only.
 
     Shared prefixes. Chains that begin alike share their hidden states, which are kept by prefix, under a byte budget.
 
@@ -435,7 +435,7 @@ class Verifier:
     Args:
       model: a Llama.
       prompt, answer: token ids; a prompt has at least one.
-      stop: set of ids, one of which must follow the answer; None if the answer is complete without.
+      stop: set of ids, one of which must follow the answer; None if the answer is complete without one.
       cache_mb: megabytes (2 ** 20 bytes) of hidden states to keep for later calls; scores do not depend on it, except
         for rounding.
       fused: set of single tokens that spell the answer's last token and a stop after it, such as ")\\n".
@@ -452,8 +452,9 @@ class Verifier:
         to_ids = partial(torch.tensor, dtype=torch.long, device=model.lm_head.weight.device)
         self.model, self.free_bytes = model, cache_mb * 2 ** 20
         self.answer, self.stop, self.fused = to_ids(answer), None if stop is None else to_ids([*stop]), to_ids([*fused])
-        # The positions whose logits predict the answer and the stop after it.
-        self.positions = slice(len(prompt) - 1, len(prompt) + max(0, len(answer) - (stop is None)))
+        # The positions whose logits predict the answer and, if there is to be one, the stop after it.
+        count = len(answer) if stop is None else len(answer) + 1
+        self.positions = slice(len(prompt) - 1, len(prompt) - 1 + max(1, count))
         with torch.inference_mode():
             self.embedded = model.embed_tokens(to_ids([[*prompt, *answer]]))  # [1, T, hidden_size]
         self.rope = rope_table(model.config, 0, len(prompt) + len(answer), self.embedded)
@@ -461,7 +462,7 @@ class Verifier:
         self.steps_asked = self.steps_run = 0
 
     def __call__(self, chains):
-        """A list of chains to a list of bool: the first of each score."""
+        """A list of chains to a list of bool: whether each is correct."""
         return [correct for correct, _ in self.score(chains)]
 
     @torch.inference_mode()
@@ -487,25 +488,25 @@ class Verifier:
         total, greedy = logits.logsumexp(-1), logits.argmax(-1)  # [chains, len(positions)]
         matches = greedy[:, :n] == self.answer  # [chains, n]
         tokens = logits[:, range(n), self.answer] - total[:, :n]
-        ends, end = True, 0
+        # There are two ways to end: the last token and then a stop, or both fused in one token.
+        stops, log_stop = True, 0
         if self.stop is not None:
-            ends, end = torch.isin(greedy[:, n], self.stop), logits[:, n, self.stop].logsumexp(-1) - total[:, n]
-        # There are two ways to end: the last token and then a stop, or both in one token.
-        ends_at_once = torch.isin(greedy[:, n - 1], self.fused)
-        end_at_once = logits[:, n - 1, self.fused].logsumexp(-1) - total[:, n - 1]
-        correct = matches.all(-1) & ends | matches[:, :-1].all(-1) & ends_at_once
-        promise = torch.logaddexp(tokens.sum(-1) + end, tokens[:, :-1].sum(-1) + end_at_once) / logits.shape[1]
+            stops, log_stop = torch.isin(greedy[:, n], self.stop), logits[:, n, self.stop].logsumexp(-1) - total[:, n]
+        fuses = torch.isin(greedy[:, n - 1], self.fused)
+        log_fused = logits[:, n - 1, self.fused].logsumexp(-1) - total[:, n - 1]
+        correct = (matches.all(-1) & stops) | (matches[:, :-1].all(-1) & fuses)
+        promise = torch.logaddexp(tokens.sum(-1) + log_stop, tokens[:, :-1].sum(-1) + log_fused) / logits.shape[1]
         # Logits that overflow give no promise; rounding may lift one above 0.
         return correct, promise.nan_to_num(nan=-math.inf, neginf=-math.inf).clamp(max=0)
 
     def run(self, chains):
         """{chain: the hidden states after it at `positions`, [len(positions), hidden_size]}."""
         self.steps_asked += sum(map(len, chains))
-        done = {chain: self.recall(chain) for chain in chains}  # {chain: (number of steps, hidden states after them)}
-        while pending := {chain: done[chain][0] for chain in done if done[chain][0] < len(chain)}:
-            # The lowest: chains mostly climb, so those behind reach the layers where the others wait, and join them.
+        progress = {chain: self.recall(chain) for chain in chains}  # {chain: (steps done, hidden states after them)}
+        while pending := {chain: steps for chain, (steps, _) in progress.items() if steps < len(chain)}:
+            # The lowest layer first: most chains climb, so those that lag catch up with those that wait.
             layer = min(chain[steps] for chain, steps in pending.items())
-            batch = {chain[:steps + 1]: done[chain][1] for chain, steps in pending.items() if chain[steps] == layer}
+            batch = {chain[:steps + 1]: progress[chain][1] for chain, steps in pending.items() if chain[steps] == layer}
             outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(1)
             self.steps_run += len(batch)
             # A clone for each prefix, or one that is kept would hold its whole batch in memory.
@@ -514,8 +515,8 @@ class Verifier:
                 self.keep(prefix, states)
             for chain, steps in pending.items():
                 if chain[steps] == layer:
-                    done[chain] = steps + 1, after[chain[:steps + 1]]
-        return {chain: states[0, self.positions] for chain, (_, states) in done.items()}
+                    progress[chain] = steps + 1, after[chain[:steps + 1]]
+        return {chain: states[0, self.positions] for chain, (_, states) in progress.items()}
 
     def recall(self, chain):
         """The longest prefix of a chain whose states are kept: its length, and the states."""

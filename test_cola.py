@@ -1111,7 +1111,7 @@ def test_plain_generation_has_the_last_word_on_the_best_chain(tiny, command, mon
     discarded = [sample.answer(chain)[1] for chain in chains].index(True)
     out = command(cola, "--sample-id", 0, "--simulations", 40, "--device", "cpu")[1]
     assert f"chain     {cola.format_chain(chains[discarded])}\n" in out and discarded > 0
-    assert f"discarded {discarded} chains that plain generation did not confirm\n" in out
+    assert f"discarded {discarded} chains that `generate` did not confirm\n" in out
     out = command(cola, *odd)[1]
     assert "best      none" in out and "discarded 20 chains" in out
 
@@ -1694,7 +1694,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_code_that_the_readme_quotes_is_the_code():
-    tour = README.split("## The code in five minutes")[1].split("\n## ")[0]
+    tour = README.split("## A tour of the code")[1].split("\n## ")[0]
     quoted, source = re.findall(r"```python\n(.*?)```", tour, re.S), (ROOT / "model.py").read_text() + (
         ROOT / "mcts.py").read_text()
     assert len(quoted) >= 2 and all(code in source for code in quoted)

@@ -8,7 +8,7 @@
 Files that the processes of one study wrote are read together, and a sample that occurs twice counts once.
 
 Findings:
-  accuracy: of the full model; with CoLa a sample is correct if any chain is, confirmed by plain generation.
+  accuracy: of the full model; with CoLa a sample is correct if any chain is, confirmed by `generate`.
   finding 1: of the samples that the full model answers correctly, those with a shorter correct chain (the paper: more
     than 75 %); layers saved: by the best chains of all of these.
   finding 2: of the samples that it answers wrongly, those that some chain corrects (the paper: more than 60 %).

@@ -88,7 +88,7 @@ def search(args, model, tokenizer, problem, seed):
     prediction, full_correct = sample.answer(full)
     options = {"allowed": common.readable} if args.polar else {}
     result = cola.search(args, sample.verify.score, len(full), seed, **options)
-    result.evaluated[full] = full_correct  # plain generation has the last word, on this chain and on the best one
+    result.evaluated[full] = full_correct  # `generate` has the last word, on this chain and on the best one
     for best in result.correct():
         text, correct = sample.answer(best)
         if correct:
