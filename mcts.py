@@ -43,7 +43,7 @@ class Result:
         return self.evaluated[chain] - self.depth_penalty * len(chain) / self.n_layers
 
     def correct(self):
-        """The chains with score > 0 by reward, highest first; ties: shorter first, then earlier."""
+        """The chains with a score above 0 by reward, highest first; ties: shorter first, then earlier."""
         correct = [chain for chain, score in self.evaluated.items() if score > 0]
         return sorted(correct, key=lambda chain: (-self.reward(chain), len(chain)))
 
@@ -246,5 +246,5 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                 pending[chain] = path
             else:
                 misses += 1
-                state.back_up(path, -depth_penalty * state.limit / n_layers)  # the lowest value there is
+                state.back_up(path, -depth_penalty * state.limit / n_layers)  # a wrong chain of the depth limit
     return state.result

@@ -21,7 +21,8 @@ def parser(name, doc, usage="%(prog)s [options]"):
 
 
 def parse_samples(text, count):
-    """"0:250" to a range of sample ids, out of `count`."""
+    """"0:250" to a range of sample ids, out of `count`; None to the first 250, or as many as there are."""
+    text = text or f"0:{min(250, count)}"
     first, colon, end = text.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
         raise ValueError(f"samples {text!r} are not FIRST:END with FIRST < END; write 0:{count} for all")

@@ -84,8 +84,8 @@ def parser():
     table.add_argument("--table", choices=["searches", "ablation", "special"], default="searches", metavar="NAME",
                        help="searches, ablation or special (default: %(default)s)")
     table.add_argument("--only", nargs="+", metavar="ROW", help="rows of the table to make, by their names in it")
-    table.add_argument("--samples", default="0:250", metavar="FIRST:END",
-                       help="samples to search (default: %(default)s)")
+    table.add_argument("--samples", metavar="FIRST:END",
+                       help="samples to search (default: the first 250)")
     table.add_argument("--simulations", type=cola.at_least(1), nargs="+", default=[50, 200], metavar="N",
                        help="distinct chains a sample, one or several budgets (default: 50 200)")
     table.add_argument("--seeds", type=cola.at_least(1), default=1, metavar="N",
@@ -137,9 +137,9 @@ def main(args):
             speed[label] = chains / (time.perf_counter() - start)
 
     correct, decoys = correct * args.seeds, decoys * args.seeds
-    print(f"{args.model}, {args.dataset}, {args.shots} shots, samples {args.samples}, seeds: {args.seeds}, "
-          f"{str(model.lm_head.weight.dtype).removeprefix('torch.')}: of {len(samples)} samples the full model of "
-          f"{len(full)} layers answers {sum(correct) // args.seeds} correctly\n")
+    print(f"{args.model}, {args.dataset}, {args.shots} shots, samples {samples.start}:{samples.stop}, "
+          f"seeds: {args.seeds}, {str(model.lm_head.weight.dtype).removeprefix('torch.')}: of {len(samples)} samples "
+          f"the full model of {len(full)} layers answers {sum(correct) // args.seeds} correctly\n")
     print("| search | chains | depth | against the first | corrected | decoys | lift | chains/s |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for budget in args.simulations:

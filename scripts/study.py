@@ -35,8 +35,8 @@ from scripts import common
 def parser():
     p = common.parser("study", __doc__, usage="%(prog)s --out FILE [options]")
     study = p.add_argument_group("study")
-    study.add_argument("--samples", default="0:250", metavar="FIRST:END",
-                       help="samples to search (default: %(default)s)")
+    study.add_argument("--samples", metavar="FIRST:END",
+                       help="samples to search (default: the first 250)")
     study.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines, such as runs/arc.jsonl")
     study.add_argument("--no-decoy", action="store_true", help="leave this control out")
     study.add_argument("--polar", action="store_true", help="search only chains that PoLar's training data can hold")
@@ -159,6 +159,8 @@ def main(args):
     own = args.out if ranks == 1 else args.out.with_suffix(f".rank{rank}{args.out.suffix}")
     done = common.read_done(args.out, own, settings)
     lines = [done[i] for i in samples if i in done]
+    if other := [line["sample"] for line in lines if line["question"] != problems[line["sample"]].question]:
+        raise ValueError(f"{args.out} has another question for sample {other[0]}, of another file; give another --out")
     try:
         with (open(own, "a", encoding="utf-8") as file,
               tqdm(total=len(samples), initial=len(lines), unit="sample", disable=True if rank else None) as bar):
