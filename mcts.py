@@ -27,7 +27,7 @@ DEPARTURES = 1.0  # expected departures from the elite's transitions in n_layers
 LOOP = 0.3  # the share of departures that loop; the others skip or stop
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
-MISSES = 1000  # walks without a new chain after which the search assumes that none is left
+MISSES = 1000  # walks without a new chain after which a batch is scored as it is, or no more allowed chain expected
 
 
 @dataclass
@@ -209,7 +209,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back; depth is 2 * n_layers at most.
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
-        is). The search may miss some if it allows few.
+        is). If it allows fewer than about one in 1,000, the search may end before it finds them.
       batch: chains to score at a time.
       learn: False is a control that draws chains around the full-depth chain, without a tree.
       promise: False is a control that ignores promises.
@@ -236,7 +236,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
             state.back_up(path, state.value[chain])
         pending, misses = {}, 0
         while len(pending) < min(batch, simulations - len(state.value)):
-            if state.root.closed or misses == MISSES:
+            if state.root.closed or misses >= MISSES and (pending or allowed or not learn):
                 if pending or state.limit == 2 * n_layers:
                     break
                 state.root, state.limit, misses = Node(), 2 * n_layers, 0  # nothing better is left: on to deeper chains

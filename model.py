@@ -93,6 +93,8 @@ class Config:
             # Within its first window, sliding attention is full attention, so ending the positions there is enough.
             window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
             if window and raw.get("use_sliding_window", True):
+                if type(window) is not int or window < 0:
+                    raise ValueError(f"sliding_window is {window!r}")
                 config.max_position_embeddings = min(config.max_position_embeddings, window)
             return config
         except (FileNotFoundError, NotADirectoryError):
@@ -332,18 +334,21 @@ class Llama(nn.Module):
         config.tie_word_embeddings &= "lm_head.weight" not in weights
         if config.num_hidden_layers > len(weights):
             raise ValueError(f"{path} has too few tensors for {config.num_hidden_layers} layers; fetch it again")
-        weights = {name: convert(name, tensor, device, dtype) for name, tensor in weights.items()}
-        if config.tie_word_embeddings:
-            weights["lm_head.weight"] = weights.get("embed_tokens.weight")
+        shapes = {name: [*tensor.shape] for name, tensor in weights.items()}
+        if config.tie_word_embeddings and "embed_tokens.weight" in weights:
+            weights["lm_head.weight"] = weights["embed_tokens.weight"]
         try:
             with torch.device("meta"):  # no memory yet: the tensors become the parameters
-                model = cls(config, {name: [*tensor.shape] for name, tensor in weights.items()})
+                model = cls(config, shapes).requires_grad_(False)
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"{path}: the weights are not those that config.json describes ({str(error)[:300]}); "
-                             "fetch the checkpoint again") from None
+            raise ValueError(f"{path}: the weights do not match config.json ({str(error)[:300]}); fetch the checkpoint "
+                             "again") from None
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
+        for name, parameter in model.named_parameters():
+            parameter.data = convert(f"{path}: tensor {name}", parameter.data, device, dtype)
+        model.requires_grad_()
         return model.eval()
 
     def hidden(self, tokens, chain=None, cache=None):
@@ -446,7 +451,7 @@ class Verifier:
     """
 
     def __init__(self, model, prompt, answer, stop=None, cache_mb=1024, fused=()):
-        if not prompt:
+        if not len(prompt):
             raise ValueError("the prompt has no tokens; give it at least one")
         check_positions(len(prompt) + len(answer), model.config)
         to_ids = partial(torch.tensor, dtype=torch.long, device=model.lm_head.weight.device)
@@ -590,8 +595,8 @@ def read_weights(path):
 def convert(name, tensor, device, dtype):
     """The tensor on this device in this dtype. Raises ValueError if it is quantized or gets infinite values, or NaN."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"tensor {name} is {tensor.dtype}; use a checkpoint that is not quantized")
+        raise ValueError(f"{name} is {tensor.dtype}; use a checkpoint that is not quantized")
     tensor = tensor.to(device, dtype)
     if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN spreads to both
-        raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}; use another --dtype, or fetch it again")
+        raise ValueError(f"{name} holds NaN or infinity as {dtype}; use another --dtype, or fetch it again")
     return tensor

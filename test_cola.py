@@ -625,6 +625,8 @@ NORM, QK_NORM, GATE = "model.norm.weight", "model.layers.3.self_attn.{}_norm.wei
     ({"files": {"model.safetensors": None}}, "missing"), ({"files": {"model.safetensors": b"?" * 99}}, "complete"),
     ({"files": {INDEX: '{"weight_map": {"x": "../m/model.safetensors"}}'}}, "missing"),
     ({"files": {INDEX: "{}"}}, "not an index of weights"), ({"tensors": {"x": torch.zeros(2)}}, "Unexpected .*x"),
+    ({"tensors": {"model.embed_tokens.weight": None}}, "Missing .*embed_tokens"),
+    ({"tensors": {NORM: torch.zeros(0)}}, "size mismatch for norm"), ({"sliding_window": -5}, "sliding_window is -5"),
     ({"tensors": {NORM: torch.ones(64, dtype=torch.int8)}}, "quantized"),
     ({"tensors": {NORM: torch.full([64], math.nan)}}, "NaN or infinity as torch.bfloat16; use another --dtype"),
     ({"tensors": {NORM: torch.tensor([*[1.0] * 63, 3.4e38])}}, "NaN or infinity"),
@@ -730,6 +732,11 @@ def test_search_exhausts_a_small_space_and_ends(n_layers, max_skip, max_loop):
         found = mcts.search(lambda chains: [len(chain) % 3 == 0 if third is None else third for chain in chains],
                             n_layers, 10**6, max_skip=max_skip, max_loop=max_loop, depth_penalty=penalty, batch=batch)
         assert set(found.evaluated) == space
+
+
+def test_search_exhausts_a_space_of_which_most_is_known_when_a_new_tree_begins():
+    settings = {"n_layers": 10, "simulations": 2000, "seed": 1, "max_loop": 0, "batch": 1}
+    assert len(mcts.search(lambda chains: [1] * len(chains), **settings).evaluated) == 2 ** 10
 
 
 @pytest.mark.parametrize("max_skip, max_loop", [(2, 3), (0, 2), (3, 0), (None, 1)])
