@@ -17,8 +17,8 @@ import warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch warns, but nothing here needs it
-# How long torch's threads spin, when they wait for one another, before they sleep; read when torch is imported. The
-# default is milliseconds: on a busy machine they keep the very thread that they wait for from running.
+# How long a waiting torch thread spins before it sleeps; read when torch is imported. The default is milliseconds, in
+# which it keeps the very thread that it waits for from running if the machine is busy.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 try:
     import torch
@@ -126,7 +126,7 @@ def load_checkpoint(args):
     """
     folder = fetch(TINY if args.model == "tiny" else args.model, args.revision)
     model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
-    # A layer multiplies each token by each weight. Below 500,000, waking several threads costs more than they gain.
+    # Below 500,000 weights per layer, waking several threads costs more than they save.
     large = sum(weight.numel() for weight in model.layers[0].parameters()) > 500_000
     torch.set_num_threads(THREADS if large or "OMP_NUM_THREADS" in os.environ else 1)
     return model, data.Tokenizer(folder, chat=not args.no_chat)
@@ -335,7 +335,7 @@ def exit_on_error(program, command, *arguments):
     """Runs a command; bad input ends in one line on stderr and exit code 2."""
     try:
         command(*arguments)
-        sys.stdout.flush()  # or a closed pipe is noticed too late
+        sys.stdout.flush()  # so that a closed pipe is noticed here
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -33,12 +33,12 @@ NUMBERS_BELOW = 20  # so 0 to 19
 N_PROBLEMS = 2000  # in each arithmetic dataset
 ARITHMETIC = {"arithmetic": [*TERMS_OF_LEVEL],  # dataset: its levels
               **{f"arithmetic-{level}": [level] for level in TERMS_OF_LEVEL}}
-FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # read through the hub's dataset viewer: repository, config
+FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # by the dataset viewer: repository, config
                "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge"),
                "gsm8k": ("openai/gsm8k", "main")}
 MATH = ("math", "math-1", "math-2", "math-3", "math-4", "math-5")
 DATASETS = (*ARITHMETIC, *FROM_VIEWER, *MATH)
-DATE = datetime(2024, 7, 26)  # today, for chat templates that ask, so that prompts are the same on any day
+DATE = datetime(2024, 7, 26)  # given to chat templates as today, so that prompts never change
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def random_sum(rng, n_terms, limit=NUMBERS_BELOW):
 
 
 def is_test(question):
-    """Selects a quarter of all questions, by hash; tiny is trained on the others only."""
+    """Whether a question is held out: a quarter are, by hash, and tiny is trained on the others."""
     return hashlib.sha256(question.encode()).digest()[0] < 64
 
 
@@ -368,7 +368,7 @@ class Tokenizer:
                                                     extensions=[jinja2.ext.loopcontrols])
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime, **self.special}
-        # {% generation %} marks what a model is trained to write; jinja2 lacks this tag but has {% with %}, as plain.
+        # {% generation %} marks what a model is trained to write. jinja2 lacks it; {% with %} has no effect either.
         return environment.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", self.source))
 
     def render(self, messages, answered=False):

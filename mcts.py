@@ -27,7 +27,7 @@ DEPARTURES = 1.0  # expected departures from the elite's transitions in n_layers
 LOOP = 0.3  # the share of departures that loop; the others skip or stop
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
-MISSES = 1000  # walks without a new chain after which a batch is scored as it is, or no more allowed chain expected
+MISSES = 1000  # failed walks after which a batch is scored short or, if not every chain is allowed, the search ends
 
 
 @dataclass
@@ -165,7 +165,7 @@ class Search:
         for node in path:
             node.visits += 1  # virtual loss: value 0 until the chain is scored, so that its batch spreads out
         if node.closed and prefix[-1] != self.stop:
-            prefix.append(self.stop)  # at the limit a chain can only stop, and below an exhausted node none is new
+            prefix.append(self.stop)  # at the limit a chain can only stop; an exhausted node has none left
         return path, prefix
 
     def roll_out(self, prefix, pending):
@@ -209,7 +209,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back; depth is 2 * n_layers at most.
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
-        is). If it allows fewer than about one in 1,000, the search may end before it finds them.
+        is). If it allows few chains (about one in 1,000), the search may end before it finds them.
       batch: chains to score at a time.
       learn: False is a control that draws chains around the full-depth chain, without a tree.
       promise: False is a control that ignores promises.
@@ -246,5 +246,5 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
                 pending[chain] = path
             else:
                 misses += 1
-                state.back_up(path, -depth_penalty * state.limit / n_layers)  # a wrong chain of the depth limit
+                state.back_up(path, -depth_penalty * state.limit / n_layers)  # like a wrong chain at the limit
     return state.result

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmoe", "qwen2_moe", "qwen3_moe")
-ROPE_TYPES = {  # and the settings that each needs
+ROPE_TYPES = {  # and the settings that each requires
     "default": [],
     "linear": ["factor"],
     "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
@@ -31,7 +31,7 @@ ROPE_TYPES = {  # and the settings that each needs
 
 @dataclass
 class Config:
-    """The part of a Hugging Face config.json that the decoder needs, under the same names; RoPE's settings included."""
+    """The part of a Hugging Face config.json that the decoder needs, under the same names, RoPE's included."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -77,16 +77,16 @@ class Config:
                                     ("rope_type", [*ROPE_TYPES]), ("partial_rotary_factor", [1]),
                                     ("quantization_config", [None])]:
                 if raw.get(name) not in supported:
-                    raise ValueError(f"{name} {raw.get(name)!r} is not supported; use a checkpoint with "
+                    raise ValueError(f"{name} {raw.get(name)!r} is not supported; it must be one of "
                                      f"{', '.join(map(str, supported))}")
             values = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
-            for field in fields(cls):
-                value, kind = values.get(field.name), field.type
-                absent = value is None or kind is int and value == field.default  # some models say 0 for what they lack
+            for field in [field for field in fields(cls) if field.name in values]:
+                value, kind = values[field.name], field.type
+                types = (int, float) if kind is float else (kind,)  # JSON may say 1 for 1.0
                 limit = 2 ** 24 if kind is int else 2 ** 60  # real sizes are far below
-                if not absent and (type(value) not in (int, kind)  # JSON may say 1 for 1.0
-                                   or kind in (int, float) and not 0 < value < limit):
-                    raise ValueError(f"{field.name} {value!r} is of another type or out of range")
+                absent = kind is int and value == field.default  # some configs write 0 for what is absent
+                if type(value) not in types or int in types and not (absent or 0 < value < limit):
+                    raise ValueError(f"{field.name} {value!r} has the wrong type or is out of range")
             if missing := [name for name in ROPE_TYPES[raw["rope_type"]] if name not in values]:
                 raise ValueError(f"rope_type {raw['rope_type']} needs {', '.join(missing)}")
             config = cls(**values)
@@ -164,7 +164,7 @@ def rope_table(config, start, end, like):
     frequency = config.rope_theta ** -half
     if config.rope_type == "linear":
         frequency = frequency / config.factor
-    elif config.rope_type == "llama3":  # slow down only what turns less than a few times within the original length
+    elif config.rope_type == "llama3":  # scale only the frequencies that make few turns within the original length
         turns = config.original_max_position_embeddings * frequency / (2 * math.pi)
         keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
         frequency = torch.lerp(frequency / config.factor, frequency, keep.clamp(0, 1))
@@ -212,7 +212,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(step, k, v)  # [B, key/value heads, past + T, head_dim]
         new, known, mask = q.shape[2], k.shape[2], None  # a single new token sees every key
-        if 1 < new < known:  # is_causal would take the first query for the first position
+        if 1 < new < known:  # is_causal would align the first query with the first key
             mask = torch.ones(new, known, dtype=torch.bool, device=x.device).tril(known - new)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < new == known, enable_gqa=True)  # shaped like q
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -269,7 +269,7 @@ class Layer(nn.Module):
     """One module of a chain. It adds to the hidden states, so skipping or repeating it leaves them usable.
 
     Args:
-      shapes: {name: shape} of the tensors of all layers, which tell what optional parts they have.
+      shapes: {name: shape} of the tensors of all layers, which show what optional parts the layers have.
       sparse: whether the MLP of this layer is a mixture of experts.
     """
 
@@ -456,7 +456,9 @@ class Verifier:
         check_positions(len(prompt) + len(answer), model.config)
         to_ids = partial(torch.tensor, dtype=torch.long, device=model.lm_head.weight.device)
         self.model, self.free_bytes = model, cache_mb * 2 ** 20
-        self.answer, self.stop, self.fused = to_ids(answer), None if stop is None else to_ids([*stop]), to_ids([*fused])
+        # A tokenizer, or its settings, may know ids that the model does not; it never writes those.
+        stops, fused = [[i for i in ids or () if i < model.config.vocab_size] for ids in (stop, fused)]
+        self.answer, self.stop, self.fused = to_ids(answer), None if stop is None else to_ids(stops), to_ids(fused)
         # The positions whose logits predict the answer and, if there is to be one, the stop after it.
         count = len(answer) if stop is None else len(answer) + 1
         self.positions = slice(len(prompt) - 1, len(prompt) - 1 + max(1, count))
@@ -514,7 +516,7 @@ class Verifier:
             batch = {chain[:steps + 1]: progress[chain][1] for chain, steps in pending.items() if chain[steps] == layer}
             outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(1)
             self.steps_run += len(batch)
-            # A clone for each prefix, or one that is kept would hold its whole batch in memory.
+            # Cloned, because a kept view would hold its whole batch in memory.
             after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
             for prefix, states in after.items():
                 self.keep(prefix, states)
@@ -581,7 +583,7 @@ def weight_files(path):
 
 
 def read_weights(path):
-    """The checkpoint's tensors, {name less the leading "model.": tensor}; they are mapped files until they are used."""
+    """The checkpoint's tensors, {name less the leading "model.": tensor}, memory-mapped until used."""
     weights = {}
     for file in weight_files(path):
         try:
@@ -593,7 +595,7 @@ def read_weights(path):
 
 
 def convert(name, tensor, device, dtype):
-    """The tensor on this device in this dtype. Raises ValueError if it is quantized or gets infinite values, or NaN."""
+    """The tensor on this device in this dtype. Raises ValueError if it is quantized, or has NaN or infinity there."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} is {tensor.dtype}; use a checkpoint that is not quantized")
     tensor = tensor.to(device, dtype)

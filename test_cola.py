@@ -625,6 +625,7 @@ NORM, QK_NORM, GATE = "model.norm.weight", "model.layers.3.self_attn.{}_norm.wei
     ({"files": {"model.safetensors": None}}, "missing"), ({"files": {"model.safetensors": b"?" * 99}}, "complete"),
     ({"files": {INDEX: '{"weight_map": {"x": "../m/model.safetensors"}}'}}, "missing"),
     ({"files": {INDEX: "{}"}}, "not an index of weights"), ({"tensors": {"x": torch.zeros(2)}}, "Unexpected .*x"),
+    ({"tie_word_embeddings": 2}, "wrong type"),
     ({"tensors": {"model.embed_tokens.weight": None}}, "Missing .*embed_tokens"),
     ({"tensors": {NORM: torch.zeros(0)}}, "size mismatch for norm"), ({"sliding_window": -5}, "sliding_window is -5"),
     ({"tensors": {NORM: torch.ones(64, dtype=torch.int8)}}, "quantized"),
@@ -642,6 +643,11 @@ NORM, QK_NORM, GATE = "model.norm.weight", "model.layers.3.self_attn.{}_norm.wei
     ids=lambda value: str(value)[:60])
 def test_a_checkpoint_that_would_be_computed_wrongly_is_refused(changes, says, refused, tmp_path):
     refused(says, cola, "--sample-id", 0, "--dtype", "bfloat16", "--model", checkpoint(tmp_path / "m", **changes))
+
+
+def test_an_end_token_that_the_model_lacks_is_ignored(command, tmp_path):
+    folder = checkpoint(tmp_path / "m", files={"generation_config.json": '{"eos_token_id": 9999}'})
+    assert command(cola, "--sample-id", 0, "--simulations", 8, "--model", folder)[0] is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -25,19 +25,17 @@ import data
 from scripts import common
 from scripts.export import export, new_folder, source
 
-PART = 16  # samples between two looks at which chains have fallen behind
+PART = 16  # samples between two checks for chains that have fallen behind
 ROWS = 6  # chains of the front in the table, at most
 
 
 def samples_of(model, tokenizer, problems, ids, cache_mb):
-    """A Sample for each id. Raises ValueError that names one that cannot run."""
-    samples = []
+    """Yields a Sample for each id. Raises ValueError that names one that cannot run."""
     for i in ids:
         try:
-            samples.append(cola.Sample(model, tokenizer, problems[i], cache_mb / len(ids)))
+            yield cola.Sample(model, tokenizer, problems[i], cache_mb)
         except ValueError as error:
             raise ValueError(f"sample {i}: {error}") from None
-    return samples
 
 
 class Score:
@@ -118,8 +116,8 @@ def main(args):
     model, tokenizer = cola.load_checkpoint(args)
     n_layers, full = len(model.layers), tuple(range(len(model.layers)))
     order = random.Random(args.seed).sample(fit, len(fit))  # an easy part says little about hard ones
-    samples = samples_of(model, tokenizer, problems, order, args.cache_mb)
-    test_samples = samples_of(model, tokenizer, problems, test, 0)  # each runs once, so there is nothing to keep
+    samples = [*samples_of(model, tokenizer, problems, order, args.cache_mb / len(order))]
+    test_samples = [*samples_of(model, tokenizer, problems, test, 0)]  # each runs once, so there is nothing to keep
     score, start = Score(samples, args.depth_penalty / n_layers), time.perf_counter()
     with tqdm(total=args.simulations, desc="fit", unit="chain", disable=None, leave=False) as bar:
         def count(chains):

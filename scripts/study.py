@@ -160,7 +160,7 @@ def main(args):
     done = common.read_done(args.out, own, settings)
     lines = [done[i] for i in samples if i in done]
     if other := [line["sample"] for line in lines if line["question"] != problems[line["sample"]].question]:
-        raise ValueError(f"{args.out} has another question for sample {other[0]}, of another file; give another --out")
+        raise ValueError(f"{args.out} holds another question as sample {other[0]}; give another --out")
     try:
         with (open(own, "a", encoding="utf-8") as file,
               tqdm(total=len(samples), initial=len(lines), unit="sample", disable=True if rank else None) as bar):

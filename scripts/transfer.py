@@ -51,7 +51,7 @@ def main(args):
         chains = [*{tuple(line["best"]): None for line in found} | {tuple(range(len(model.layers))): None}]
         correct = {chain: [] for chain in chains}  # {chain: verdict on the sample of each line}
         samples = samples_of(model, tokenizer, problems, [line["sample"] for line in lines], args.cache_mb)
-        for sample in tqdm(samples, desc=title, unit="sample", disable=None, leave=False):
+        for sample in tqdm(samples, desc=title, total=len(lines), unit="sample", disable=None, leave=False):
             for i in range(0, len(chains), CHAINS):
                 for chain, verdict in zip(chains[i:], sample.verify(chains[i:i + CHAINS])):
                     correct[chain].append(verdict)
