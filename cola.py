@@ -8,7 +8,6 @@ Follows CoLa (arXiv 2507.07996): the layers of a pretrained LLM are modules that
 reordered for each input, without training. Layers are numbered from 0; a chain is written 0-5,5,8-11.
 """
 import argparse
-import math
 import os
 import re
 import sys
@@ -48,17 +47,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def at_least(least, number=int):
-    """The type of a numeric argument that must be `least` or more."""
-    def parse(text):
-        value = number(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
-        return value
-    parse.__name__ = number.__name__  # argparse names it if the text is not a number
-    return parse
-
-
 def parser():
     p = Parser("cola.py", __doc__, usage="%(prog)s --sample-id N [options]")
     sample = p.add_argument_group("sample")
@@ -94,7 +82,7 @@ def add_model_arguments(p):
     model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], metavar="NAME",
                        help="float32, bfloat16 or float16 (default: bfloat16 on cuda, float32 on cpu, where bfloat16 "
                             "is faster if the cpu has instructions for it)")
-    model.add_argument("--cache-mb", type=at_least(0), default=1024, metavar="N",
+    model.add_argument("--cache-mb", type=int, default=1024, metavar="N",
                        help="megabytes of hidden states to share between chains (default: %(default)s)")
 
 
@@ -104,17 +92,17 @@ def add_search_arguments(p):
     search.add_argument("--search", choices=["uct", "blind", "random"], default="uct", metavar="NAME",
                         help="uct, or a control: blind ignores how likely wrong chains make the answer, random draws "
                              "chains around the full-depth chain (default: uct)")
-    search.add_argument("--simulations", type=at_least(1), default=200, metavar="N",
+    search.add_argument("--simulations", type=int, default=200, metavar="N",
                         help="distinct chains to evaluate (default: %(default)s)")
-    search.add_argument("--depth-penalty", type=at_least(0, float), default=0.2, metavar="X",
+    search.add_argument("--depth-penalty", type=float, default=0.2, metavar="X",
                         help="what the full depth costs; a correct answer is worth 1 (default: %(default)s)")
-    search.add_argument("--exploration", type=at_least(0, float), default=8.0, metavar="C",
+    search.add_argument("--exploration", type=float, default=8.0, metavar="C",
                         help="constant c of the upper confidence bound (default: %(default)s)")
-    search.add_argument("--max-skip", type=at_least(0), metavar="N",
+    search.add_argument("--max-skip", type=int, metavar="N",
                         help="layers that a step may skip (default: any number)")
-    search.add_argument("--max-loop", type=at_least(0), default=4, metavar="N",
+    search.add_argument("--max-loop", type=int, default=4, metavar="N",
                         help="layers that a step may go back (default: %(default)s)")
-    search.add_argument("--batch", type=at_least(1), default=8, metavar="N",
+    search.add_argument("--batch", type=int, default=8, metavar="N",
                         help="chains to verify at a time (default: %(default)s)")
     search.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
 

@@ -263,15 +263,11 @@ def fetch_rows(repo, config, split):
             query = {"dataset": repo, "config": config, "split": split, "offset": len(rows), "length": 100}
             response = get_session().get(f"{viewer}/rows", params=query, headers=build_hf_headers(), timeout=30)
             hf_raise_for_status(response)
-            try:
-                page = response.json()
-                total = bar.total = page["num_rows_total"]
-                in_order = [row["row_idx"] for row in page["rows"]] == [*range(len(rows), min(total, len(rows) + 100))]
-                rows += [row["row"] for row in page["rows"]]
-            except (ValueError, KeyError, TypeError):
-                in_order = False
-            if not in_order or not rows:
+            page = response.json()
+            if not page["rows"]:
                 raise ValueError(f"{viewer} did not send the rows of {repo} that it was asked for; try again later")
+            rows += [row["row"] for row in page["rows"]]
+            total = bar.total = page["num_rows_total"]
             bar.update(len(page["rows"]))
     partial = file.with_suffix(f".{random.SystemRandom().getrandbits(64)}")  # another process may be writing its own
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

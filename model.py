@@ -180,7 +180,7 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal attention in which several query heads share one key/value head; arguments as for `Layer`."""
+    """Causal attention in which several query heads share one key/value head."""
 
     def __init__(self, config, shapes):
         super().__init__()
@@ -284,13 +284,7 @@ class Layer(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size, bias="mlp.gate_proj.bias" in shapes)
 
     def forward(self, x, rope, cache=None, step=None):
-        """The hidden states after this layer.
-
-        Args:
-          x: hidden states [B, T, hidden_size].
-          rope: cos and sin of the positions of x, each [T, head_dim].
-          cache, step: a KVCache, and the slot in it that holds the past tokens and takes these in.
-        """
+        """Hidden states [B, T, hidden_size] to those after this layer; `step` is this layer's slot in the cache."""
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, step)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -326,7 +320,7 @@ class Llama(nn.Module):
           device: "cpu", "cuda", "cuda:1", ...; None takes the GPU if there is one.
           dtype: torch.dtype; None means bfloat16 on a GPU, float32 on the CPU.
           revision: branch, tag or commit on the hub; None means main.
-        Raises ValueError or OSError (huggingface_hub's errors are among these) that says what is wrong.
+        Raises ValueError or OSError (also of huggingface_hub) that says what is wrong.
         """
         path, device = fetch(path_or_repo, revision), find_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -375,9 +369,8 @@ class Llama(nn.Module):
           tokens: ids [B, T]; with a cache, only those that it does not hold yet.
           chain: layer indices in order of application, any number of each, possibly none; None means every layer once.
           cache: a KVCache that holds the earlier tokens under this same chain, and takes these in.
-        Returns logits [B, T, vocab_size].
-        Raises ValueError for a layer that the model does not have, no tokens, more than the model has positions, or a
-        cache of another chain.
+        Returns logits [B, T, vocab_size]. Raises ValueError for a layer that the model does not have, no tokens, more
+        than the model has positions, or a cache of another chain.
         """
         return self.lm_head(self.hidden(tokens, chain, cache))
 
@@ -447,12 +440,14 @@ class Verifier:
     Attributes:
       steps_asked: layer steps of all chains so far, as if each ran by itself.
       steps_run: layer steps that were run.
-    Raises ValueError for an empty prompt, or more tokens than the model has positions.
+    Raises ValueError for an empty prompt, a negative budget, or more tokens than the model has positions.
     """
 
     def __init__(self, model, prompt, answer, stop=None, cache_mb=1024, fused=()):
         if not len(prompt):
             raise ValueError("the prompt has no tokens; give it at least one")
+        if cache_mb < 0:
+            raise ValueError(f"cache_mb must be 0 or more, not {cache_mb}")
         check_positions(len(prompt) + len(answer), model.config)
         to_ids = partial(torch.tensor, dtype=torch.long, device=model.lm_head.weight.device)
         self.model, self.free_bytes = model, cache_mb * 2 ** 20
@@ -462,9 +457,8 @@ class Verifier:
         # The positions whose logits predict the answer and, if there is to be one, the stop after it.
         count = len(answer) if stop is None else len(answer) + 1
         self.positions = slice(len(prompt) - 1, len(prompt) - 1 + max(1, count))
-        with torch.inference_mode():
-            self.embedded = model.embed_tokens(to_ids([[*prompt, *answer]]))  # [1, T, hidden_size]
-        self.rope = rope_table(model.config, 0, len(prompt) + len(answer), self.embedded)
+        self.tokens = to_ids([[*prompt, *answer]])  # [1, T]
+        self.rope = rope_table(model.config, 0, len(prompt) + len(answer), like=model.embed_tokens.weight)
         self.states = OrderedDict()  # {prefix: the hidden states after it}, the least recently used first
         self.steps_asked = self.steps_run = 0
 
@@ -526,12 +520,12 @@ class Verifier:
         return {chain: states[0, self.positions] for chain, (_, states) in progress.items()}
 
     def recall(self, chain):
-        """The longest prefix of a chain whose states are kept: its length, and the states."""
+        """The longest prefix of a chain whose states are kept: its length, and the states, [1, T, hidden_size]."""
         for steps in range(len(chain), 0, -1):
             if chain[:steps] in self.states:
                 self.states.move_to_end(chain[:steps])
                 return steps, self.states[chain[:steps]]
-        return 0, self.embedded
+        return 0, self.model.embed_tokens(self.tokens)
 
     def keep(self, prefix, states):
         """Keeps the states of a prefix; drops the least recently used until all fit the budget."""
@@ -565,21 +559,16 @@ def fetch(path_or_repo, revision=None):
     # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
     return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "chat_template.jinja", "model.safetensors.index.json", "model*.safetensors"]))
+        "chat_template.jinja", "model.safetensors.index.json", "model.safetensors", "model-*.safetensors"]))
 
 
 def weight_files(path):
-    """The checkpoint's safetensors files: those that its index names, or the single one."""
-    files, index = ["model.safetensors"], path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{index} is not an index of weights ({error!r}); fetch the checkpoint again") from None
-    for file in files:
-        if Path(str(file)).name != file or not (path / file).is_file():
-            raise FileNotFoundError(f"{path / str(file)} is missing; a checkpoint needs its weights as safetensors")
-    return [path / file for file in files]
+    """The checkpoint's safetensors files: the single one or, without it, the numbered ones."""
+    single = path / "model.safetensors"
+    files = [single] if single.is_file() else sorted(path.glob("model-*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{single} is missing; a checkpoint needs its weights as safetensors")
+    return files
 
 
 def read_weights(path):
