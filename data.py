@@ -291,12 +291,10 @@ class Tokenizer:
 
     def __init__(self, folder, chat=True):
         file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; a checkpoint needs its tokenizer in this format")
         try:
             self.tokenizer = RustTokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{file} is not a tokenizer ({error}); fetch the checkpoint again") from None
+            raise ValueError(f"{file} cannot be read as a tokenizer ({error}); fetch the checkpoint again") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         try:

@@ -64,7 +64,7 @@ class Config:
 
     @classmethod
     def from_json(cls, path):
-        """Reads config.json. Raises ValueError for anything that this decoder would compute incorrectly."""
+        """Reads config.json. Raises OSError, and ValueError for what this decoder would compute incorrectly."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             # transformers 5 writes rope_parameters; older checkpoints have rope_theta, and rope_scaling with a "type".
@@ -97,9 +97,6 @@ class Config:
                     raise ValueError(f"sliding_window is {window!r}")
                 config.max_position_embeddings = min(config.max_position_embeddings, window)
             return config
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(f"{path} is missing; give the folder of a checkpoint in the Hugging Face "
-                                    "layout") from None
         except (ArithmeticError, AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} does not describe a supported decoder ({error}); use another checkpoint, or "
                              "fetch it again") from None

@@ -622,7 +622,7 @@ NORM, QK_NORM, GATE = "model.norm.weight", "model.layers.3.self_attn.{}_norm.wei
     ({"num_key_value_heads": 3}, "3 key/value heads for 2 query"), ({"head_dim": 33}, "halves"),
     ({"num_hidden_layers": 10**7}, "too few"), ({"num_hidden_layers": 13}, "Missing .*layers.12"),
     ({"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20}, "size mismatch"),
-    ({"files": {"config.json": None}}, "config.json is missing"), ({"files": {"config.json": "{"}}, "not describe"),
+    ({"files": {"config.json": None}}, "config.json: No such file"), ({"files": {"config.json": "{"}}, "not describe"),
     ({"files": {"model.safetensors": None}}, "missing"), ({"files": {"model.safetensors": b"?" * 99}}, "complete"),
     ({"tensors": {"x": torch.zeros(2)}}, "Unexpected .*x"), ({"tie_word_embeddings": 2}, "wrong type"),
     ({"tensors": {"model.embed_tokens.weight": None}}, "Missing .*embed_tokens"),
@@ -634,7 +634,7 @@ NORM, QK_NORM, GATE = "model.norm.weight", "model.layers.3.self_attn.{}_norm.wei
     ({"tensors": {GATE: torch.ones(2, 64)}, "num_experts_per_tok": 3}, "3 of 2 experts"),
     # The highest of the prompt's token ids is 283.
     ({"tensors": {"model.embed_tokens.weight": torch.ones(283, 64)}, "vocab_size": 283}, "more tokens than the model"),
-    ({"files": {"tokenizer.json": None}}, "json is missing"), ({"files": {"tokenizer.json": "{"}}, "not a tokenizer"),
+    ({"files": {"tokenizer.json": None}}, "No such file"), ({"files": {"tokenizer.json": "{"}}, "read as a tokenizer"),
     ({"files": {"tokenizer_config.json": "{"}}, "tokenizer_config.json is not valid JSON"),
     ({"files": {"tokenizer_config.json": "[]"}}, "malformed"), ({"files": {"chat_template.jinja": "{%"}}, "--no-chat"),
     ({"files": {"chat_template.jinja": "{{ raise_exception('no') }}"}}, "--no-chat"),
@@ -906,7 +906,7 @@ def without_c(folder):
 @pytest.mark.parametrize("arguments, says", [
     (["--sample-id", 2000], "sample id 2000 is out of range; arithmetic has 0 to 1999"),
     (["--sample-id", -1], "out of range"), (["--sampleid", 3], "unrecognized"),
-    (["--simulations", "many"], "invalid int value: 'many'"), (["--cache-mb", -1], "cache_mb must be 0 or more, not -1"),
+    (["--simulations", "many"], "invalid int value: 'many'"), (["--cache-mb", -1], "cache_mb must be 0 or more"),
     (["--max-skip", "2.5"], "invalid int value: '2.5'"), (["--dtype", "float8"], "'float32', 'bfloat16', 'float16'"),
     (["--chain", "0-5,12"], "layer 12 .* layers 0 to 11"), (["--chain", "0-99999999999"], "layers 0 to 11"),
     *[(["--chain", text], "has a malformed part") for text in ("0-", "5-3", "1 1", "1,,2", "²-3")],
@@ -916,8 +916,8 @@ def without_c(folder):
     (["--dataset", "rows", "--boxed", "form"], "has choices, which a box"),
     (["--dataset", "brace", "--boxed", "form"], "a brace in its answer '.1.', which a box"),
     (["--dataset", "brace", "--model", "without_c"], "cannot write the answer '.1.' of sample x, only"),
-    (["--boxed", "rows"], "write {question} there"), (["--model", "rows"], "config.json is missing; give the folder"),
-    (["--model", "a/b/c"], "config.json is missing"), (["--revision", "v9"], "omit --revision"),
+    (["--boxed", "rows"], "write {question} there"), (["--model", "rows"], "rows/config.json: Not a directory"),
+    (["--model", "a/b/c"], "config.json: No such file .* give another path"), (["--revision", "v9"], "omit --revision"),
     (["--device", "cuda:99"], "device 'cuda:99' is unavailable")], ids=str)
 def test_arguments_that_do_not_work_are_refused(arguments, says, refused, monkeypatch, tmp_path):
     write_rows(tmp_path / "rows", CHOICE, CHOICE, CHOICE | {"question": "Cold?"})
@@ -1357,7 +1357,7 @@ def test_what_cannot_be_exported_ends_in_one_line(refused, monkeypatch, tmp_path
     checkpoint(tmp_path / "lacking", tensors=dict.fromkeys(name for name in tiny_tensors() if "layers.3." in name))
     checkpoint(tmp_path / "broken", {"model.safetensors": (cola.TINY / "model.safetensors").read_bytes()[:-9]})
     for says, *more in [("layers 0 to 11", "--chain=0-12"), ("at least one", "--chain="), ("empty folder", "--out=old"),
-                        ("empty folder", "--out=old/config.json"), ("missing", "--model=nowhere"),
+                        ("empty folder", "--out=old/config.json"), ("No such file", "--model=nowhere"),
                         ("stay as it is", "--model=old", "--out=old/new"), ("complete|whole", "--model=broken"),
                         ("lacks", "--model=lacking", "--out=other")]:
         refused(says, export, "--chain=0-5", "--out=new", *more)
