@@ -101,7 +101,7 @@ def add_search_arguments(p):
     search.add_argument("--max-skip", type=int, metavar="N",
                         help="layers that a step may skip (default: any number)")
     search.add_argument("--max-loop", type=int, default=4, metavar="N",
-                        help="layers that a step may go back (default: %(default)s)")
+                        help="layers that a step may go back; 1 repeats the last (default: %(default)s)")
     search.add_argument("--batch", type=int, default=8, metavar="N",
                         help="chains to verify at a time (default: %(default)s)")
     search.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
@@ -150,7 +150,7 @@ def runs(chain, joined):
 
 
 def draw(chain, n_layers):
-    """A chain as lines of text: "." is a skipped layer, "x" one cut off at the end. A loop back begins a new line.
+    """A chain as lines of text, of which each loop back begins one; "." is skipped there, "x" cut off at the end.
 
         layers   0 1 2 3 4 5
         first    0 1 . 3

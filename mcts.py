@@ -27,7 +27,7 @@ DEPARTURES = 1.0  # expected departures from the elite's transitions in n_layers
 LOOP = 0.3  # the share of departures that loop; the others skip or stop
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
-MISSES = 1000  # failed walks after which a batch is scored short or, if not every chain is allowed, the search ends
+MISSES = 1000  # walks without a new chain after which a batch is scored as it is or, if it has none, the tree given up
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Result:
 
 
 class Node:
-    """A prefix of a chain or, after the action stop, a complete chain; closed once all chains below are evaluated."""
+    """A prefix of a chain or, after the action stop, a complete chain; closed: it leads to no new chain."""
 
     def __init__(self):
         self.children, self.visits, self.total, self.closed = {}, 0, 0.0, False  # total: of the values backed up
@@ -93,21 +93,21 @@ class Search:
     Attributes:
       worth: {chain: its score or, if wrong, exp(promise)}, the geometric mean of the answer tokens' probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
-      limit: the greatest depth at which a full score would beat the `highest` reward so far (branch and bound).
-      elite: the ELITE chains of highest value that are no deeper than the best one, which is one deeper than `limit`.
+      limit: the greatest depth to try: where a full score just beats the `highest` reward, if any (branch and bound).
+      elite: the ELITE chains of highest value and at most limit + 1 steps, the depth of the best one.
       policy: `policy_after` this elite, as a function of the last layer alone.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, learn, promise):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
         self.learn, self.promise, self.rng, self.allowed = learn, promise, random.Random(seed), allowed
-        self.stop = n_layers  # as if it were the layer after the last
+        self.stop = n_layers  # as if it were the layer after the last, so it is likelier near the end
         self.result, self.root, self.value, self.worth = Result({}, n_layers, depth_penalty), Node(), {}, {}
         self.highest, self.limit, self.elite = -math.inf, 2 * n_layers, []
-        self.policy = cache(partial(self.policy_after, {}))  # the full chain's
+        self.policy = cache(partial(self.policy_after, {}))  # no elite yet: every layer once, with departures
 
     def window(self, last):
-        """The layers that may be appended after the layer `last` (-1 at the beginning)."""
+        """The layers that may be appended after the layer `last` (-1 at the beginning); last + 1 is among them."""
         return range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
 
     def record(self, chain, score, promise):
@@ -163,9 +163,9 @@ class Search:
                 prefix.append(action)
                 node.closed = action == self.stop or len(prefix) > self.limit
         for node in path:
-            node.visits += 1  # virtual loss: value 0 until the chain is scored, so that its batch spreads out
+            node.visits += 1  # already, although the value comes with the score: so that a batch spreads out
         if node.closed and prefix[-1] != self.stop:
-            prefix.append(self.stop)  # at the limit a chain can only stop; an exhausted node has none left
+            prefix.append(self.stop)  # at the limit a chain can only stop; below other closed nodes nothing is new
         return path, prefix
 
     def roll_out(self, prefix, pending):
@@ -198,7 +198,7 @@ def split(chain, score):
 
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
            allowed=None, batch=8, learn=True, promise=True):
-    """Searches for a chain of high reward; returns a Result.
+    """Searches for a chain of high reward, at most 2 * n_layers deep; returns a Result.
 
     Args:
       score: callable, a list of chains (tuples of layer indices) to a list of numbers in [0, 1] (a bool is one), or of
@@ -207,7 +207,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       seed: the same seed, batch and scores give the same result.
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
       exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
-      max_skip, max_loop: layers that a step may skip (None: any number) and go back; depth is 2 * n_layers at most.
+      max_skip, max_loop: layers that a step may skip (None: any number) and go back (1 repeats the last layer).
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
         is). If it allows few chains (about one in 1,000), the search may end before it finds them.
       batch: chains to score at a time.

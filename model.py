@@ -414,13 +414,13 @@ class Verifier:
     """Scores chains on one problem: does greedy decoding under the chain write the answer, and how likely is it?
 
     One forward pass per chain. As in speculative decoding the answer is a draft: greedy decoding writes it if and only
-    if, in a pass over prompt + answer, each of its tokens is the argmax after those before it. So there is no decoding
-    loop and no key/value cache, and the head runs on the answer's positions only.
+    if, in a pass over prompt + answer, each of its tokens is the argmax given all tokens before it. So there is no
+    decoding loop and no key/value cache, and the head runs on the answer's positions only.
 
-    Shared prefixes. Chains that begin alike share their hidden states, which are kept by prefix, under a byte budget.
+    Shared prefixes. Chains that begin alike share their hidden states, which are kept by prefix, up to `cache_mb`.
 
-    Wavefront. Of all pending chains, those whose next layer is the lowest run first, as one batch, while the others
-    wait and join them: a layer's weights are read once for many chains. For (0 1 2 3), (0 2 3) and (0 1 1 2):
+    Wavefront. The chains whose next layer has the lowest index run next, as one batch, while the others wait and join
+    them: a layer's weights are read once for many chains. For (0 1 2 3), (0 2 3) and (0 1 1 2):
 
         batch          1    2           3        4                     5
         layer          0    1           1        2                     3
@@ -433,7 +433,7 @@ class Verifier:
       stop: set of ids, one of which must follow the answer; None if the answer is complete without one.
       cache_mb: megabytes (2 ** 20 bytes) of hidden states to keep for later calls; scores do not depend on it, except
         for rounding.
-      fused: set of single tokens that spell the answer's last token and a stop after it, such as ")\\n".
+      fused: set of ids of tokens that are the answer's last token and a stop in one, such as ")\\n" for ")".
     Attributes:
       steps_asked: layer steps of all chains so far, as if each ran by itself.
       steps_run: layer steps that were run.
@@ -468,7 +468,7 @@ class Verifier:
         """A list of chains to a list of (correct, promise).
 
         correct: whether greedy decoding writes the answer and stops. promise: the mean log-probability of the answer's
-        tokens and, where one is asked for, of a stop after them; -inf where the logits overflow.
+        tokens and of a stop after them, if there must be one, in either form (`fused`); -inf where the logits overflow.
         Raises ValueError for a layer that the model does not have.
         """
         chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
@@ -552,6 +552,8 @@ def fetch(path_or_repo, revision=None):
     if Path(path_or_repo).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_repo)):
         if revision is not None:
             raise ValueError(f"{path_or_repo} is not a repository on the hub and has no revisions; omit --revision")
+        if not (Path(path_or_repo) / "config.json").is_file():
+            raise FileNotFoundError(f"{path_or_repo} is neither a folder with a config.json nor an org/name on the hub")
         return Path(path_or_repo)
     # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
     return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
