@@ -2,10 +2,7 @@
 
 `pytest -k transformers` runs those that compare with transformers; they are skipped where it is not installed.
 """
-import copy
-import gc
 import gzip
-import inspect
 import io
 import itertools
 import json
@@ -15,7 +12,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime
@@ -31,6 +27,7 @@ import pytest
 import torch
 from huggingface_hub import cached_assets_path, constants
 from huggingface_hub.errors import HTTPError
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
@@ -38,11 +35,14 @@ import data
 import mcts
 from model import Config, KVCache, Llama, Verifier
 from scripts import bench, common, compare_search, export, fit, growth, make_tasks, report, study, train_tiny, transfer
-from scripts.train_tiny import save_tensors
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 ROOT, FULL = cola.TINY.parent, tuple(range(12))  # FULL: tiny's layers
 README, INDEX = (ROOT / "README.md").read_text(encoding="utf-8"), "model.safetensors.index.json"
+TINY_TENSORS = load_file(cola.TINY / "model.safetensors")
+NORM, QK_NORM, GATE = "model.norm.weight", "model.layers.3.self_attn.{}_norm.weight", "model.layers.3.mlp.gate.weight"
+CHOICE = {"question": "Hot?", "choices": {"text": ["ice", "fire", "sea"], "label": [*"ABC"]}, "answerKey": "B"}
+ODD = (0, 1, 3, 3, 2, 4, 4)  # of 5 layers: a skip, two loops and a jump back
 
 
 @pytest.fixture(scope="session")
@@ -59,22 +59,17 @@ def checkpoint(folder, files=(), tensors=(), **config):
         if content is not None:
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     if tensors:
-        kept = {name: tensor for name, tensor in (tiny_tensors() | tensors).items() if tensor is not None}
-        save_tensors(kept, folder / "model.safetensors")
+        kept = {name: tensor for name, tensor in (TINY_TENSORS | tensors).items() if tensor is not None}
+        train_tiny.save_tensors(kept, folder / "model.safetensors")
     return folder
-
-
-def tiny_tensors():
-    model = Llama.from_pretrained(cola.TINY, "cpu")
-    return {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
 
 
 def shards(tmp_path):
     """Files that hold tiny's weights in two parts, {name: content}; layers 6 to 11 are the second."""
-    tensors, files = tiny_tensors(), {}
+    tensors, files = TINY_TENSORS, {}
     place = {name: f"model-0000{1 + bool(re.search('layers.([6-9]|1.)', name))}-of-2.safetensors" for name in tensors}
     for file in place.values():
-        save_tensors({name: tensors[name] for name in tensors if place[name] == file}, tmp_path / file)
+        train_tiny.save_tensors({name: tensors[name] for name in tensors if place[name] == file}, tmp_path / file)
         files[file] = (tmp_path / file).read_bytes()
     return files | {INDEX: json.dumps({"weight_map": place}).encode()}
 
@@ -148,9 +143,6 @@ def test_arithmetic_is_correct_distinct_and_held_out():
     assert (problems[5].id, len(problems[0].examples)) == ("arithmetic-1/1", 100)
 
 
-CHOICE = {"question": "Hot?", "choices": {"text": ["ice", "fire", "sea"], "label": [*"ABC"]}, "answerKey": "B"}
-
-
 @pytest.mark.parametrize("row, prompt, answer", [
     (CHOICE | {"level": 3}, "Question: Hot?\nA. ice\nB. fire\nC. sea\nAnswer:", "B"),
     ({"question": " Hot?\n", "choices": {"text": ["ice", "fire"], "label": [1, "2 "]}, "answerKey": 2},
@@ -205,8 +197,6 @@ def test_a_chat_asks_for_the_bare_answer_or_in_the_words_of_a_form(tmp_path):
 
 
 # Chat templates as model authors write them.
-CHATML = """{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 LLAMA3_LIKE = """{{- bos_token }}{% if tools is not none %}{{ raise_exception("no tools here") }}{% endif %}
 {%- for message in messages %}
     {%- if loop.index0 > 7 %}{% break %}{% endif %}
@@ -226,12 +216,11 @@ TOKENIZERS = {
     # name: (tokenizer_config.json, chat_template.jinja, whether tokenizer.json adds a bos token)
     "no template, no bos": ({}, None, False), "bos by tokenizer.json": ({"bos_token": EOT}, None, True),
     "bos by tokenizer_config.json": ({"bos_token": EOT, "add_bos_token": True}, None, False),
-    "template in a file": ({"bos_token": None}, CHATML, True),
     "template in the config": ({"bos_token": EOT, "eos_token": {"content": EOT, "__type": "AddedToken"},
                                 "chat_template": LLAMA3_LIKE}, None, True),
     "several templates": ({"chat_template": [{"name": "tool_use", "template": "?"},
-                                             {"name": "default", "template": CHATML}]}, None, False),
-    "thinking": ({}, QWEN3_LIKE, False), "generation marked": ({}, MARKED, False),
+                                             {"name": "default", "template": MARKED}]}, None, False),
+    "template in a file": ({"bos_token": None}, QWEN3_LIKE, True),
     "file before config": ({"chat_template": "?", "bos_token": EOT, "eos_token": EOT}, LLAMA3_LIKE, False),
 }
 
@@ -260,8 +249,8 @@ def test_token_ids_equal_transformers(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("template, end, answer, written", [
-    (None, "Answer:", "27", " 27"), (CHATML, "assistant\n", "27", "27"), (MARKED, "[assistant]", "27", " 27"),
-    (QWEN3_LIKE, "</think>\n\n", "27", "27"), (CHATML, "assistant\n", "An", "An"),  # tiny has a token "\nAn"
+    (None, "Answer:", "27", " 27"), (MARKED, "[assistant]", "27", " 27"),
+    (QWEN3_LIKE, "</think>\n\n", "27", "27"), (QWEN3_LIKE, "</think>\n\n", "An", "An"),  # tiny has a token "\nAn"
     (MARKED + "{{ strftime_now('%d %b %Y, %H:%M') }}", "26 Jul 2024, 00:00", "27", "27")])  # whatever the day
 def test_an_answer_goes_on_where_the_prompt_ends(template, end, answer, written, tmp_path):
     """Neither is padded or truncated, whatever tokenizer.json says."""
@@ -285,7 +274,7 @@ def test_an_answer_ends_at_an_end_token_or_a_line_break(tiny, tmp_path):
 
 class Hub(BaseHTTPRequestHandler):
     """What the hub's real client needs of its API, and the /rows of its dataset viewer. server.asked: what was sent."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
+    commit, log_message = "0123456789abcdef0123456789abcdef01234567", Mock()
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -321,31 +310,20 @@ class Hub(BaseHTTPRequestHandler):
             self.server.asked += [asked] * (asked is not None and status == 200)
             self.wfile.write(body)
 
-    def log_message(self, *args):
-        pass
 
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.repos, server.asked = {}, []
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        for name, value in [("ENDPOINT", endpoint), ("HF_HUB_CACHE", str(tmp_path / "hub")), ("HF_HUB_OFFLINE", False),
-                            ("HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")]:
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(data, "cached_assets_path", partial(cached_assets_path, assets_dir=tmp_path / "rows"))
-        Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def test_models_and_datasets_come_from_the_hub_once(hub, command, refused, tmp_path, monkeypatch):
-    run = partial(command, cola, "--device=cpu", "--chain=0-3")
+def test_models_and_datasets_come_from_the_hub_once(command, refused, tmp_path, monkeypatch):
+    hub, run = ThreadingHTTPServer(("127.0.0.1", 0), Hub), partial(command, cola, "--device=cpu", "--chain=0-3")
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    for name, value in [("ENDPOINT", endpoint), ("HF_HUB_CACHE", str(tmp_path / "hub")), ("HF_HUB_OFFLINE", False),
+                        ("HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")]:
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(data, "cached_assets_path", partial(cached_assets_path, assets_dir=tmp_path / "rows"))
+    Thread(target=hub.serve_forever, args=[0.05], daemon=True).start()
     files = {name: (cola.TINY / name).read_bytes() for name in ("config.json", "tokenizer.json")} | shards(tmp_path)
     unwanted = {name: b"?" for name in ("README.md", "consolidated.safetensors", "onnx/model.safetensors", "model.bin")}
     rows = "".join(json.dumps({"problem": f"{i}?", "answer": str(i), "level": i % 5 + 1}) + "\n" for i in range(20))
-    hub.repos = {"org/model": files | unwanted, "org/gated": files,
-                 "datasets/HuggingFaceH4/MATH-500": {"test.jsonl": rows.encode()}}
+    hub.asked, hub.repos = [], {"org/model": files | unwanted, "org/gated": files,
+                                "datasets/HuggingFaceH4/MATH-500": {"test.jsonl": rows.encode()}}
     model, gsm8k = ["--model=org/model", "--sample-id=1"], ["--dataset=gsm8k", "--sample-id=249"]
     fetched, test = run(*model), run(*gsm8k)
     assert "12 layers" in fetched[1] and "249 + 1?\ngold      250\n" in test[1]
@@ -360,10 +338,9 @@ def test_models_and_datasets_come_from_the_hub_once(hub, command, refused, tmp_p
         assert (code, out) == (2, "") and says in err.splitlines()[-1]  # after the client's progress bar
     hub.shutdown()
     hub.server_close()
-    hub.asked.clear()
     for offline in (False, True):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        assert run(*model)[:2] == fetched[:2] and run(*gsm8k)[:2] == test[:2] and not hub.asked
+        assert run(*model)[:2] == fetched[:2] and run(*gsm8k)[:2] == test[:2]
         refused("cannot be reached", cola, "--sample-id=0", "--model=org/other")
 
 
@@ -382,36 +359,19 @@ def test_a_cache_changes_neither_text_nor_logits(chain):
         model(tokens, [*chain, 0], cache)
 
 
-def test_generation_ends_where_it_is_told():
+def test_generation_ends_where_it_is_told_and_what_a_model_cannot_run_is_refused():
     model = random_model(max_position_embeddings=12)
     free = model.generate([1, 2, 3], max_new_tokens=100)
     assert len(free) == 12 - 3 + 1 and model.generate([1, 2, 3], max_new_tokens=4) == free[:4]
     first = free.index(free[4])  # the last token needs no position of its own
     assert model.generate([1, 2, 3], max_new_tokens=100, stop={free[4]}) == free[:first]
     assert model.generate([1, 2, 3], max_new_tokens=100, stop=None, last={free[4]}) == free[:first + 1]
-
-
-def test_what_a_model_cannot_run_is_refused():
-    model = random_model(max_position_embeddings=12)
     for says, prompt, chain in [("layer -1", [1], [0, -1]), ("layer 5 .* 0 to 4", [1], [0, 5]), ("no tokens", [], [0]),
                                 ("13 tokens .* 12 positions", [1] * 13, [0])]:
         for run in (lambda: model.generate(prompt, chain), lambda: Verifier(model, prompt, [])([chain])):
             with pytest.raises(ValueError, match=says):
                 run()
-    assert len(model.generate([1] * 12, max_new_tokens=1)) == len(Verifier(model, [1] * 10, [2, 3])([range(5)])) == 1
-
-
-def oracle_with_chain(oracle, chain):
-    """A copy of a model of transformers that runs the chain: a ModuleList of copies that know their places."""
-    oracle = copy.deepcopy(oracle)
-    config, layers = oracle.model.config, oracle.model.layers
-    oracle.model.layers = torch.nn.ModuleList(copy.deepcopy(layers[i]) for i in chain)
-    for step, layer in enumerate(oracle.model.layers):
-        layer.self_attn.layer_idx = step
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in chain]
-    config.num_hidden_layers = len(chain)
-    return oracle
+    assert len(Verifier(model, [1] * 10, [2, 3])([range(5)])) == 1
 
 
 OLMOE = {"num_experts": 6, "num_experts_per_tok": 2}
@@ -437,8 +397,8 @@ FAMILIES = {
 }
 
 
-def save_random(folder, family, settings=(), **saving):
-    """A random small checkpoint of a family, and the model of transformers that wrote it."""
+def save_random(folder, family, settings=(), dtype=torch.float32, **saving):
+    """Writes a random small checkpoint of a family; returns it as a function from a chain to transformers' model."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{
@@ -450,7 +410,7 @@ def save_random(folder, family, settings=(), **saving):
         if weight.ndim == 1:
             torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
     oracle.save_pretrained(folder, **saving)
-    return oracle
+    return bench.load_reference(folder, torch.zeros(0, dtype=dtype))
 
 
 def assert_equal_outputs(model, chain, oracle):
@@ -467,10 +427,10 @@ def assert_equal_outputs(model, chain, oracle):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_text_equal_transformers(name, tmp_path):
     """The config may be that of transformers 5 or 4, which had the settings of RoPE elsewhere."""
-    oracle, file = save_random(tmp_path, *FAMILIES[name]), tmp_path / "config.json"
+    reference, file = save_random(tmp_path, *FAMILIES[name]), tmp_path / "config.json"
     model = Llama.from_pretrained(tmp_path, "cpu", torch.float32)
     for chain in chains_of(5):
-        assert_equal_outputs(model, chain, oracle_with_chain(oracle, chain))
+        assert_equal_outputs(model, chain, reference(chain))
     raw = json.loads(file.read_text())
     rope = raw.pop("rope_parameters")
     kind, raw["rope_theta"] = rope.pop("rope_type"), rope.pop("rope_theta")
@@ -482,38 +442,32 @@ def test_logits_and_text_equal_transformers(name, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_promise_equals_transformers(dtype, tmp_path):
     """The mean log-probability of the answer's tokens and of a stop, for answers of none, one and several tokens."""
-    oracle = save_random(tmp_path, "Qwen2").to(dtype)
+    reference = save_random(tmp_path, "Qwen2", dtype=dtype)
     model, prompt = Llama.from_pretrained(tmp_path, "cpu", dtype), [5, 6, 7]
-    for answer, stop in itertools.product(([], [8], [9, 10, 11, 12]), ({1, 2, 3}, None)):
-        if answer or stop:
-            scores = Verifier(model, prompt, answer, stop).score(chains_of(5))
-            for chain, (_, promise) in zip(chains_of(5), scores, strict=True):
-                with torch.inference_mode():
-                    logits = oracle_with_chain(oracle, chain)(torch.tensor([prompt + answer])).logits[0, 2:].float()
-                terms = [logits[at, token] - logits[at].logsumexp(-1) for at, token in enumerate(answer)]
-                if stop:
-                    terms.append(logits[-1, [*stop]].logsumexp(-1) - logits[-1].logsumexp(-1))
-                tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-                assert promise == pytest.approx(sum(terms).item() / len(terms), abs=tolerance) and promise <= 0
-
-
-def fuse(folder, fused):
-    """tiny with more tokens, {text: what it replaces}, such as the ")\\n\\n" that Qwen and Llama 3 have."""
-    tokenizer, tensors = Tokenizer.from_file(str(cola.TINY / "tokenizer.json")), tiny_tensors()
-    embedding = tensors["model.embed_tokens.weight"]
-    rows = [embedding[tokenizer.encode(text).ids] * 1.5 for text in fused.values()]  # wins over the text replaced
-    tokenizer.add_tokens([*fused])
-    # A checkpoint may hold a head although it is tied; old ones hold the frequencies of RoPE, too.
-    tensors |= dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], torch.cat((embedding, *rows)))
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
-    return checkpoint(folder, {"tokenizer.json": tokenizer.to_str()}, tensors, vocab_size=len(embedding) + len(rows))
+    for answer, stop in [([], {1, 2}), ([8], {1, 2}), ([8], None), ([9, 10, 11, 12], {1, 2}), ([9, 10, 11, 12], None)]:
+        scores = Verifier(model, prompt, answer, stop).score(chains_of(5))
+        for chain, (_, promise) in zip(chains_of(5), scores, strict=True):
+            with torch.inference_mode():
+                logits = reference(chain)(torch.tensor([prompt + answer])).logits[0, 2:].float()
+            terms = [logits[at, token] - logits[at].logsumexp(-1) for at, token in enumerate(answer)]
+            if stop:
+                terms.append(logits[-1, [*stop]].logsumexp(-1) - logits[-1].logsumexp(-1))
+            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+            assert promise == pytest.approx(sum(terms).item() / len(terms), abs=tolerance) and promise <= 0
 
 
 @pytest.mark.parametrize("fused", [{}, {f"{digit}\n\n": f"{digit}" for digit in range(10)},
                                    {" \\boxed{": " ", "}$": EOT}], ids=["tiny", "fused line breaks", "boxes"])
 def test_a_verdict_is_generate_and_exact_match(fused, tmp_path):
     """With tokens that end an answer and more at once, and with boxes, which are complete at the closing brace."""
-    folder, rng, seen, boxed = fuse(tmp_path / "m", fused), random.Random(0), Counter(), "}$" in fused
+    rng, seen, boxed, embedding = random.Random(0), Counter(), "}$" in fused, TINY_TENSORS["model.embed_tokens.weight"]
+    tokenizer = Tokenizer.from_file(str(cola.TINY / "tokenizer.json"))
+    rows = [embedding[tokenizer.encode(text).ids] * 1.5 for text in fused.values()]  # wins over the text replaced
+    tokenizer.add_tokens([*fused])  # {text: what it replaces}, such as the ")\n\n" that Qwen and Llama 3 have
+    # A checkpoint may hold a head although it is tied; old ones hold the frequencies of RoPE, too.
+    tensors = dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], torch.cat((embedding, *rows)))
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    folder = checkpoint(tmp_path / "m", {"tokenizer.json": tokenizer.to_str()}, tensors, vocab_size=284 + len(rows))
     model, tokenizer = Llama.from_pretrained(folder, "cpu"), data.Tokenizer(folder)
     ends = [] if boxed else [tokenizer.stop, tokenizer.breaks]
     (tmp_path / "form").write_text("Question: {question}\nAnswer:")
@@ -533,33 +487,31 @@ def test_a_verdict_is_generate_and_exact_match(fused, tmp_path):
     assert min(seen[True, bool(fused)], seen[False, bool(fused)]) > 20
 
 
-@pytest.mark.parametrize("shortcuts", [{}, {"one_dnn": False}, {"cache_mb": 0}, {"alone": True},
-                                       {"one_dnn": False, "cache_mb": 0, "alone": True}], ids=str)
+@pytest.mark.parametrize("one_dnn", [True, False])
 @pytest.mark.filterwarnings("ignore:TF32")  # which torch says of GPUs when it is told to use oneDNN or not
-def test_verdicts_with_every_shortcut_on_and_off_are_those_of_generate(shortcuts, monkeypatch):
-    model, rng, products = random_model(hidden_size=192, intermediate_size=512), random.Random(0), []
-    prompt = torch.randint(50, (80,), generator=torch.Generator().manual_seed(0)).tolist()
-    chains = list(dict.fromkeys(chains_of(5) + [random_chain(rng, 5) for _ in range(20)]))
-    written = [model.generate(prompt, chain, 3) for chain in chains]
-    expected = [text == written[-1] for text in written]
-    assert 3 < sum(expected) < len(chains)
+def test_many_chains_score_as_each_alone_and_as_generate_tells(one_dnn, monkeypatch):
+    """Alone they have no states to share; together they go through the head in slices, or would fill the memory."""
+    model, rng, rows, products = random_model(hidden_size=192, intermediate_size=512), random.Random(0), [], []
+    chains = [(0, 1, 3), *chains_of(5), *{random_chain(rng, 5): None for _ in range(120)}]
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].numel() // 192))
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, *more: products.append(x.is_mkldnn) or linear(x, *more))
-    with torch.backends.mkldnn.flags(enabled=shortcuts.get("one_dnn", True)):
-        verify = Verifier(model, prompt, written[-1][:2], {written[-1][2]}, shortcuts.get("cache_mb", 100))
-        groups = [[chain] for chain in chains] if "alone" in shortcuts else [chains[:9], chains[9:]]
-        assert [verdict for group in groups for verdict in verify(group)] == expected
-    assert any(products) == (shortcuts.get("one_dnn", True) and torch.backends.mkldnn.is_available())
-
-
-def test_logits_are_computed_in_slices_and_may_overflow():
-    """Those of many chains over a large vocabulary would fill the memory. Where they overflow there is no promise."""
-    model, rows = random_model(), []
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].numel() // 32))
-    scores = Verifier(model, [1], [2, 3]).score([*itertools.product(range(5), repeat=4)])
-    assert len(scores) == 625 and sum(rows) == 2 * 625 and max(rows) < 300
-    model.layers[2].mlp.down_proj.weight.data[:] = math.inf
-    assert Verifier(model, [1], [2]).score([(2,)]) == [(False, -math.inf)] and Verifier(model, [1], [2])([]) == []
+    for n, prompt in {1: [7, 8], 7: [1, 2, 3]}.items():
+        texts = [model.generate(prompt, chain, n + 1) for chain in chains]
+        for stop in (None, {texts[0][n], 50}, {texts[0][n] + 1}):  # 50 is more than the model has, and ignored
+            verify, bare = (Verifier(model, prompt, texts[0][:n], stop, cache_mb) for cache_mb in (100, 0))
+            with torch.backends.mkldnn.flags(enabled=one_dnn):
+                together = verify.score(chains[:9]) + verify.score(chains[9:])
+            alone = [bare.score([chain])[0] for chain in chains[::20]]
+            for (correct, promise), text in zip(together, texts, strict=True):
+                assert correct == (text[:n] == texts[0][:n] and (stop is None or text[n] in stop))
+            assert together[::20] == [(correct, pytest.approx(promise, rel=1e-4)) for correct, promise in alone]
+    assert max(rows) < 300 < 8 * len(chains)
+    assert any(products) == (one_dnn and torch.backends.mkldnn.is_available())
+    model(torch.arange(48)[None]).sum().backward()  # a model that was used can still train
+    assert all(weight.grad is not None for weight in model.parameters())
+    model.layers[2].mlp.down_proj.weight.data[:] = math.inf  # so logits overflow, and there is no promise
+    assert bare.score([(2,)]) == [(False, -math.inf)] and bare.score([]) == []
 
 
 def test_every_prefix_is_run_once_and_the_lowest_pending_layer_first_as_one_batch():
@@ -578,24 +530,18 @@ def test_every_prefix_is_run_once_and_the_lowest_pending_layer_first_as_one_batc
         assert (verify.steps_run, verify.steps_asked) == (len(prefixes), asked)
 
 
-def test_states_take_no_more_memory_than_they_may():
-    def alive():
-        tensors = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in tensors}.values())
-
+def test_states_take_no_more_memory_than_they_may_and_those_used_last_are_kept():
     model, rng = random_model(), random.Random(0)
     for cache_mb in (0, 0.1, 1):
-        verify, before = Verifier(model, [1] * 20, [4], cache_mb=cache_mb), alive()
+        verify = Verifier(model, [1] * 20, [4], cache_mb=cache_mb)
         for _ in range(8):
             verify([random_chain(rng, 5) for _ in range(30)])
-        assert 0.8 * cache_mb * 2**20 - 10**6 * (cache_mb == 1) <= alive() - before <= cache_mb * 2**20
-
-
-def test_a_model_can_train_after_it_was_used():
-    model = random_model(hidden_size=192, intermediate_size=512)
-    model.generate([1, 2, 3], max_new_tokens=3)
-    model(torch.arange(48)[None]).sum().backward()
-    assert all(weight.grad is not None for weight in model.parameters())
+        kept = sum(states.untyped_storage().nbytes() for states in verify.states.values())  # a view holds its batch
+        assert 0.8 * cache_mb * 2**20 - 10**6 * (cache_mb == 1) <= kept <= cache_mb * 2**20
+    verify = Verifier(model, [1, 2, 3], [4], cache_mb=3 * 4 * 32 * 4 / 2**20)  # three states of 4 tokens
+    for layer, runs in [(0, 1), (1, 2), (2, 3), (0, 3), (3, 4), (0, 4), (2, 4), (1, 5), (3, 6)]:
+        verify([(layer,)])
+        assert verify.steps_run == runs
 
 
 @pytest.mark.parametrize("settings, positions", [
@@ -608,26 +554,22 @@ def test_a_config_may_say_what_a_model_lacks_and_where_its_window_ends(settings,
     assert config == replace(Config.from_json(cola.TINY / "config.json"), max_position_embeddings=positions)
 
 
-NORM, QK_NORM, GATE = "model.norm.weight", "model.layers.3.self_attn.{}_norm.weight", "model.layers.3.mlp.gate.weight"
-
-
 @pytest.mark.parametrize("changes, says", [
     ({"model_type": "bert"}, "model_type 'bert'"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"), ({"quantization_config": {}}, "quantization_config"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"), ({"rope_parameters": [1]}, "not describe"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "differ"), ({"vocab_size": None}, "vocab_size"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type linear needs factor"),
-    ({"hidden_size": 64.0}, "hidden_size"), ({"num_hidden_layers": True}, "True"), ({"head_dim": -2}, "head_dim -2"),
-    ({"head_dim": 10**400}, "head_dim 1"), ({"rms_norm_eps": math.inf}, "rms_norm_eps"), ({"clip_qkv": 0}, "clip_qkv"),
-    ({"num_key_value_heads": 3}, "3 key/value heads for 2 query"), ({"head_dim": 33}, "halves"),
-    ({"num_hidden_layers": 10**7}, "too few"), ({"num_hidden_layers": 13}, "Missing .*layers.12"),
+    ({"hidden_size": 64.0}, "64.0"), ({"num_hidden_layers": True}, "True"), ({"head_dim": 10**400}, "head_dim 1"),
+    ({"rms_norm_eps": math.inf}, "rms_norm_eps"), ({"clip_qkv": 0}, "clip_qkv"), ({"head_dim": 33}, "halves"),
+    ({"num_key_value_heads": 3}, "3 key/value heads for 2 query"), ({"num_hidden_layers": 10**7}, "too few"),
+    ({"num_hidden_layers": 13}, "Missing .*layers.12"), ({"tie_word_embeddings": 2}, "wrong type"),
     ({"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20}, "size mismatch"),
     ({"files": {"config.json": None}}, "config.json: No such file"), ({"files": {"config.json": "{"}}, "not describe"),
     ({"files": {"model.safetensors": None}}, "missing"), ({"files": {"model.safetensors": b"?" * 99}}, "complete"),
-    ({"tensors": {"x": torch.zeros(2)}}, "Unexpected .*x"), ({"tie_word_embeddings": 2}, "wrong type"),
+    ({"tensors": {"x": torch.zeros(2)}}, "Unexpected .*x"), ({"sliding_window": -5}, "sliding_window is -5"),
     ({"tensors": {"model.embed_tokens.weight": None}}, "Missing .*embed_tokens"),
-    ({"tensors": {NORM: torch.zeros(0)}}, "size mismatch for norm"), ({"sliding_window": -5}, "sliding_window is -5"),
-    ({"tensors": {NORM: torch.ones(64, dtype=torch.int8)}}, "quantized"),
+    ({"tensors": {NORM: torch.zeros(0)}}, "size mismatch"), ({"tensors": {NORM: torch.ones(64).char()}}, "quantized"),
     ({"tensors": {NORM: torch.full([64], math.nan)}}, "NaN or infinity as torch.bfloat16; use another --dtype"),
     ({"tensors": {NORM: torch.tensor([*[1.0] * 63, 3.4e38])}}, "NaN or infinity"),
     ({"tensors": {QK_NORM.format(part): torch.ones(32) for part in "qk"}}, "Missing .*layers.0.*k_norm"),
@@ -637,68 +579,31 @@ NORM, QK_NORM, GATE = "model.norm.weight", "model.layers.3.self_attn.{}_norm.wei
     ({"files": {"tokenizer.json": None}}, "No such file"), ({"files": {"tokenizer.json": "{"}}, "read as a tokenizer"),
     ({"files": {"tokenizer_config.json": "{"}}, "tokenizer_config.json is not valid JSON"),
     ({"files": {"tokenizer_config.json": "[]"}}, "malformed"), ({"files": {"chat_template.jinja": "{%"}}, "--no-chat"),
-    ({"files": {"chat_template.jinja": "{{ raise_exception('no') }}"}}, "--no-chat"),
     ({"files": {"chat_template.jinja": "{{ ''.__class__.__mro__ }}"}}, "--no-chat")],  # out of the sandbox
     ids=lambda value: str(value)[:60])
 def test_a_checkpoint_that_would_be_computed_wrongly_is_refused(changes, says, refused, tmp_path):
     refused(says, cola, "--sample-id", 0, "--dtype", "bfloat16", "--model", checkpoint(tmp_path / "m", **changes))
 
 
-def test_an_end_token_that_the_model_lacks_is_ignored(command, tmp_path):
-    folder = checkpoint(tmp_path / "m", files={"generation_config.json": '{"eos_token_id": 9999}'})
-    assert command(cola, "--sample-id", 0, "--simulations", 8, "--model", folder)[0] is None
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_computes_the_same():
     tokens = torch.randint(280, (2, 30))
+    cpu, gpu = (Llama.from_pretrained(cola.TINY, device, torch.float32) for device in ("cpu", "cuda"))
     for chain in chains_of(12):
-        on_cpu = Llama.from_pretrained(cola.TINY, "cpu")(tokens, chain)
-        on_gpu = Llama.from_pretrained(cola.TINY, "cuda", torch.float32)(tokens.cuda(), chain)
-        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
-
-
-def test_many_chains_score_as_each_alone():
-    """Prompts and answers of several lengths, with a stop and without; logits are computed in slices."""
-    model, rng, rows = random_model(), random.Random(0), []
-    chains = [(0, 1, 3), *chains_of(5), *{random_chain(rng, 5): None for _ in range(400)}]
-    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].numel() // 32))
-    for n, prompt in {1: [7], 2: [8, 9], 7: [1, 2, 3]}.items():
-        texts = [model.generate(prompt, chain, n + 1) for chain in chains]
-        for stop in (None, {texts[0][n], 49}, {texts[0][n] + 1}):
-            verify = Verifier(model, prompt, texts[0][:n], stop)
-            together, alone = verify.score(chains), [verify.score([chain])[0] for chain in chains[::20]]
-            for (correct, promise), text in zip(together, texts, strict=True):
-                assert correct == (text[:n] == texts[0][:n] and (stop is None or text[n] in stop))
-            assert together[::20] == [(correct, pytest.approx(promise, rel=1e-4)) for correct, promise in alone]
-    hook.remove()
-    assert max(rows) < 300 < 8 * len(chains)
-
-
-def test_the_states_used_last_are_kept():
-    state = 4 * 32 * 4  # bytes: 4 tokens of size 32 in float32
-    verify = Verifier(random_model(), [1, 2, 3], [4], cache_mb=3 * state / 2**20)
-    for layer, runs in [(0, 1), (1, 2), (2, 3), (0, 3), (3, 4), (0, 4), (2, 4), (1, 5), (3, 6)]:
-        verify([(layer,)])
-        assert verify.steps_run == runs
+        torch.testing.assert_close(gpu(tokens.cuda(), chain).cpu(), cpu(tokens, chain), rtol=1e-3, atol=1e-3)
 
 
 def test_a_full_device_is_not_a_missing_one(monkeypatch):
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")):
-        def full(*_, **__):
-            raise error
-        monkeypatch.setattr(torch, "zeros", full)
-        with pytest.raises(type(error), match="out of memory"):
-            Llama.from_pretrained(cola.TINY, "cpu")
+    monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError("CUDA error: out of memory")))
+    with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
+        Llama.from_pretrained(cola.TINY, "cpu")
 
 
 # mcts.py
 
 def planted(goal):
     """Correct are the chains that hold the goal's layers in the goal's order: the shortest is the goal itself."""
-    def score(chains):
-        return [all(layer in rest for rest in [iter(chain)] for layer in goal) for chain in chains]
-    return score
+    return lambda chains: [all(layer in rest for rest in [iter(chain)] for layer in goal) for chain in chains]
 
 
 @pytest.mark.parametrize("goal", [(0, 1, 2, 6, 7), (*range(8),), (*range(7),), (2,), (), (0, 3, 3)], ids=str)
@@ -724,33 +629,23 @@ def test_search_is_deterministic_for_a_seed_and_its_random_control_learns_nothin
     assert len(mcts.search(planted(()), 1, 100, learn=False).evaluated) == 3
 
 
-def allowed(chain, max_skip, max_loop):
-    far = math.inf if max_skip is None else max_skip
-    return all(last + 1 - max_loop <= layer <= last + 1 + far for last, layer in zip((-1, *chain), chain))
-
-
-@pytest.mark.parametrize("n_layers, max_skip, max_loop", [(4, 0, 0), (4, 1, 0), (2, 0, 1), (2, 4, 1), (5, None, 0)])
-def test_search_exhausts_a_small_space_and_ends(n_layers, max_skip, max_loop):
-    space = {chain for n in range((2 if max_loop else 1) * n_layers + 1)
-             for chain in itertools.product(range(n_layers), repeat=n) if allowed(chain, max_skip, max_loop)}
+@pytest.mark.parametrize("n_layers, max_skip, max_loop", [(4, 0, 0), (4, 1, 0), (3, 0, 2), (2, 4, 1), (5, None, 0)])
+def test_search_exhausts_a_small_space_goes_no_further_and_ends(n_layers, max_skip, max_loop):
+    window = range(-max_loop, n_layers if max_skip is None else max_skip + 1)  # layers to skip or, below 0, to go back
+    space = {chain for depth in range((2 if max_loop else 1) * n_layers + 1)
+             for chain in itertools.product(range(n_layers), repeat=depth)
+             if all(after - before - 1 in window for before, after in zip((-1, *chain), chain))}
     for third, penalty, batch in itertools.product((True, False, None), (0, 0.2, 2), (1, 8)):
         found = mcts.search(lambda chains: [len(chain) % 3 == 0 if third is None else third for chain in chains],
                             n_layers, 10**6, max_skip=max_skip, max_loop=max_loop, depth_penalty=penalty, batch=batch)
         assert set(found.evaluated) == space
+    control = mcts.search(planted(()), n_layers, 100, max_skip=max_skip, max_loop=max_loop, learn=False)
+    assert set(control.evaluated) <= space
 
 
 def test_search_exhausts_a_space_of_which_most_is_known_when_a_new_tree_begins():
     settings = {"n_layers": 10, "simulations": 2000, "seed": 1, "max_loop": 0, "batch": 1}
     assert len(mcts.search(lambda chains: [1] * len(chains), **settings).evaluated) == 2 ** 10
-
-
-@pytest.mark.parametrize("max_skip, max_loop", [(2, 3), (0, 2), (3, 0), (None, 1)])
-@pytest.mark.parametrize("learn", [True, False])
-def test_search_goes_to_the_ends_of_its_window_and_no_further(max_skip, max_loop, learn):
-    evaluated = mcts.search(planted(()), 12, 400, max_skip=max_skip, max_loop=max_loop, learn=learn).evaluated
-    steps = {after - before - 1 for chain in evaluated for before, after in zip((-1, *chain), chain)}
-    assert min(steps) == -max_loop and max(steps) == max_skip if max_skip is not None else max(steps) > 8
-    assert all(allowed(chain, max_skip, max_loop) for chain in evaluated)
 
 
 @pytest.mark.parametrize("learn", [True, False])
@@ -861,25 +756,19 @@ def test_plain_generation_has_the_last_word_on_the_best_chain(tiny, command, mon
 
 
 def test_the_settings_reach_the_search_and_the_sample(command, monkeypatch, tmp_path):
-    model = checkpoint(tmp_path / "m", {"chat_template.jinja": CHATML})
+    model = checkpoint(tmp_path / "m", {"chat_template.jinja": QWEN3_LIKE})
     for more, prompt in ([], "chat"), (["--no-chat"], "plain"):
         out = command(cola, "--sample-id=0", "--model", model, "--shots=2", "--dtype=bfloat16", "--chain=0", *more)[1]
         length = len(data.Tokenizer(model, chat=not more).encode(data.load("arithmetic", 2)[0])[0])
         assert f"{prompt} prompt of {length} tokens" in out and "bfloat16" in out
-    steps = [re.search(r"(\d+) layer steps run of (\d+)", command(
-        cola, "--sample-id", 12, "--simulations", 60, "--cache-mb", megabytes)[1]).groups() for megabytes in (0, 9)]
-    assert int(steps[0][0]) > int(steps[1][0]) and steps[0][1] == steps[1][1]
 
     names = ["simulations", "depth_penalty", "exploration", "max_skip", "max_loop", "batch", "seed"]
     settings = dict(zip(names, range(1, 8)))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    signature, asked = inspect.signature(mcts.search), []
-    monkeypatch.setattr(mcts, "search", lambda *given, **named: asked.append(
-        signature.bind(*given, **named).arguments) or mcts.Result({FULL: 0}, 12, 0))
+    monkeypatch.setattr(mcts, "search", Mock(return_value=mcts.Result({FULL: 0}, 12, 0)))
     for search, learn, promise in [("uct", True, True), ("blind", True, False), ("random", False, False)]:
         command(cola, "--sample-id", 0, "--search", search, *flags)
-        expected = settings | {"n_layers": 12, "learn": learn, "promise": promise}
-        assert expected.items() <= asked.pop().items()
+        assert mcts.search.call_args.kwargs == settings | {"learn": learn, "promise": promise}
 
 
 def test_an_answer_is_generated_as_far_as_tells_correct_from_wrong(tiny, monkeypatch):
@@ -905,19 +794,18 @@ def without_c(folder):
 
 @pytest.mark.parametrize("arguments, says", [
     (["--sample-id", 2000], "sample id 2000 is out of range; arithmetic has 0 to 1999"),
-    (["--sample-id", -1], "out of range"), (["--sampleid", 3], "unrecognized"),
+    (["--sample-id", -1], "out of range"), (["--sampleid", 3], "unrecognized"), (["--split", "train"], "omit --split"),
     (["--simulations", "many"], "invalid int value: 'many'"), (["--cache-mb", -1], "cache_mb must be 0 or more"),
-    (["--max-skip", "2.5"], "invalid int value: '2.5'"), (["--dtype", "float8"], "'float32', 'bfloat16', 'float16'"),
     (["--chain", "0-5,12"], "layer 12 .* layers 0 to 11"), (["--chain", "0-99999999999"], "layers 0 to 11"),
     *[(["--chain", text], "has a malformed part") for text in ("0-", "5-3", "1 1", "1,,2", "²-3")],
-    (["--dataset", "arithmetics"], "neither a file nor one of arithmetic, "),
-    (["--split", "train"], "omit --split"), (["--shots", -1], "between 0 and 100"), (["--shots", 101], "0 and 100"),
+    (["--dtype", "float8"], "'float32', 'bfloat16', 'float16'"), (["--shots", -1], "between 0 and 100"),
+    (["--dataset", "arithmetics"], "neither a file nor one of arithmetic, "), (["--shots", 101], "0 and 100"),
     (["--dataset", "rows", "--shots", 2], r"too few questions \(2\) for 2 examples"),
     (["--dataset", "rows", "--boxed", "form"], "has choices, which a box"),
     (["--dataset", "brace", "--boxed", "form"], "a brace in its answer '.1.', which a box"),
     (["--dataset", "brace", "--model", "without_c"], "cannot write the answer '.1.' of sample x, only"),
-    (["--boxed", "rows"], "write {question} there"), (["--model", "rows"], "rows/config.json: Not a directory"),
-    (["--model", "a/b/c"], "config.json: No such file .* give another path"), (["--revision", "v9"], "omit --revision"),
+    (["--boxed", "rows"], "write {question} there"), (["--model", "rows"], "neither a folder with a config.json"),
+    (["--model", "a/b/c"], "a/b/c is neither a folder .* nor an org/name"), (["--revision", "v9"], "omit --revision"),
     (["--device", "cuda:99"], "device 'cuda:99' is unavailable")], ids=str)
 def test_arguments_that_do_not_work_are_refused(arguments, says, refused, monkeypatch, tmp_path):
     write_rows(tmp_path / "rows", CHOICE, CHOICE, CHOICE | {"question": "Cold?"})
@@ -957,11 +845,9 @@ def test_an_interrupt_during_the_imports_ends_in_one_line(program, module, own, 
 print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
 os.kill(os.getpid(), signal.SIGINT)""")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delenv("GOMP_SPINCOUNT")
-    if own:
-        monkeypatch.setenv("GOMP_SPINCOUNT", own)
-    ended = subprocess.run([sys.executable, *program.split()], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, *program.split()], cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONPATH": str(tmp_path)} | ({"GOMP_SPINCOUNT": own} if own else {}))
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, f"{own or 1000}\n", "interrupted\n")
 
 
@@ -980,14 +866,11 @@ def test_stdout_may_be_a_notebook_a_plain_terminal_or_a_reader_that_goes(monkeyp
 
 @pytest.mark.parametrize("own, threads", [(None, 1), ("3", 3)])
 def test_tiny_has_one_thread_or_as_many_as_the_user_says(own, threads, monkeypatch):
-    before = torch.get_num_threads()
     monkeypatch.setattr(cola, "THREADS", 3)
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": own} if own else {})
-    try:
-        cola.load_checkpoint(cola.parser().parse_args(["--sample-id", "0", "--device", "cpu"]))
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(torch, "set_num_threads", Mock())
+    cola.load_checkpoint(cola.parser().parse_args(["--sample-id", "0", "--device", "cpu"]))
+    torch.set_num_threads.assert_called_once_with(threads)
 
 
 # scripts/common.py and scripts/study.py
@@ -1004,14 +887,17 @@ def lines_of(*files):
 
 
 @pytest.fixture(scope="module")
-def never_killed(tmp_path_factory):
-    run_study(out := tmp_path_factory.mktemp("study") / "runs" / "a.jsonl")  # a folder that is not there yet
+def uninterrupted(tmp_path_factory):
+    """A study by a process of its own, in a folder that is not there yet."""
+    out = tmp_path_factory.mktemp("study") / "runs" / "a.jsonl"
+    arguments = ["-m", "scripts.study", "--out", out, "--simulations=20", "--samples=0:12"]
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
     return out
 
 
-def test_the_lines_of_a_study_agree_with_the_model(never_killed, tiny):
+def test_the_lines_of_a_study_agree_with_the_model(uninterrupted, tiny):
     problems = data.load("arithmetic")
-    for line in lines_of(never_killed):
+    for line in lines_of(uninterrupted):
         sample, valid = cola.Sample(*tiny, problems[line["sample"]]), line["final_valid_transitions"]
         right = sample.answer(FULL) == (line["prediction"], True)
         assert (line["initial_score"], [*FULL] in valid, line["decoy"] is None) == (right, right, right)
@@ -1035,11 +921,10 @@ def test_a_decoy_is_wrong_not_the_prediction_and_of_as_many_tokens(tiny, tmp_pat
         assert answer not in (problem.answer, line["prediction"]) and len(lengths) == 1
         assert answer in [other.answer for other in problems if other.level == problem.level]
     assert len({answer for _, answer, _ in decoys}) > 8
-    rows = write_rows(tmp_path / "rows.jsonl", CHOICE | {"question": "Q"}, {"question": "?", "answer": "1"})
-    for model, other_choices in ("tiny", {"A", "C"}), (without_c(tmp_path / "m"), {"A"}):  # which cannot write "C"
-        lines = [run_study(tmp_path / f"{len(other_choices)}{seed}", "--samples=0:1", "--simulations=1", "--seed", seed,
-                           "--dataset", rows, "--model", model) for seed in range(6)]
-        assert {line["decoy"]["answer"] for line, in lines} == other_choices
+    problems = data.load(write_rows(tmp_path / "rows", CHOICE | {"question": "Q"}, {"question": "?", "answer": "1"}))
+    for folder, other_choices in (cola.TINY, {"A", "C"}), (without_c(tmp_path / "m"), {"A"}):  # which cannot write "C"
+        assert {study.decoy_answer(data.Tokenizer(folder), problems[0], problems, "", random.Random(seed))
+                for seed in range(6)} == other_choices
 
 
 def test_a_best_chain_is_tried_on_choices_in_another_order_and_not_on_what_is_too_long(tmp_path):
@@ -1061,38 +946,31 @@ def test_a_study_trusts_plain_generation_alone(verdict, tmp_path, monkeypatch):
         assert line["best"] is None or line["best_prediction"] == line["gt_ans"]
 
 
-def test_a_study_killed_and_resumed_equals_one_never_killed(never_killed, tmp_path, capsys, monkeypatch):
-    out, torn = tmp_path / "a.jsonl", tmp_path / "torn.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "scripts.study", "--out", out, "--simulations", "20",
-                                "--samples", "0:2000"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 3):
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -9
-    assert run_study(out)[:12] == lines_of(never_killed)
-    torn.write_bytes(never_killed.read_bytes()[:-40])
-    capsys.readouterr()
-    assert run_study(torn) == lines_of(never_killed)
-    assert f"{torn}: the last line was torn" in capsys.readouterr().err
-    sample, calls = cola.Sample, itertools.count()
-    monkeypatch.setattr(cola, "Sample", lambda *given: sample(*given) if next(calls) < 2 else os.kill(os.getpid(), 2))
-    with pytest.raises(SystemExit, match="130"):
-        run_study(tmp_path / "c.jsonl", "--reorder", 0)
+def test_a_study_interrupted_and_resumed_equals_one_that_was_not(uninterrupted, tmp_path, capsys, monkeypatch):
+    """Each line is on disk before the next sample begins. One that is torn is done again."""
+    out, torn, sample = tmp_path / "a.jsonl", tmp_path / "torn.jsonl", cola.Sample
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(cola, "Sample", lambda *given: sample(*given) if len(lines_of(out)) < 2
+                      else os.kill(os.getpid(), 2))
+        run_study(out)
     assert capsys.readouterr().err == "study: 2 of 12 samples are done; the same command goes on\n"
-    assert len(lines_of(tmp_path / "c.jsonl")) == 2
+    assert len(lines_of(out)) == 2 and run_study(out) == lines_of(uninterrupted)
+    torn.write_bytes(uninterrupted.read_bytes()[:-40])
+    assert run_study(torn) == lines_of(uninterrupted)
+    assert f"{torn}: the last line was torn" in capsys.readouterr().err
 
 
-def test_a_study_refuses_a_file_of_other_settings(never_killed, refused):
-    before = never_killed.read_bytes()
+def test_a_study_refuses_a_file_of_other_settings(uninterrupted, refused):
+    before = uninterrupted.read_bytes()
     for says, *more in [("seed 0, now 1; give another --out$", "--seed=1"), ("without .gz", "--out=a.jsonl.gz"),
                         ("simulations 20, now 30.* decoy True, now False", "--simulations=30", "--no-decoy"),
                         ("FIRST < END", "--samples=5:5"), ("more than the 2000", "--samples=0:2001"),
                         ("FIRST:END", "--samples=3")]:
-        refused(says, study, "--out", never_killed, "--samples=0:12", "--simulations=20", *more)
-    assert never_killed.read_bytes() == before
+        refused(says, study, "--out", uninterrupted, "--samples=0:12", "--simulations=20", *more)
+    assert uninterrupted.read_bytes() == before
 
 
-def test_ranks_cover_every_sample_once_whatever_their_number(never_killed, tmp_path, monkeypatch):
+def test_ranks_cover_every_sample_once_whatever_their_number(uninterrupted, tmp_path, monkeypatch):
     for rank, ranks in [(0, 2), (0, 3), (1, 3), (2, 3)]:  # rank 1 of 2 never ran; three take over
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         monkeypatch.setenv("RANK", str(rank))
@@ -1100,7 +978,7 @@ def test_ranks_cover_every_sample_once_whatever_their_number(never_killed, tmp_p
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["a.rank0.jsonl", "a.rank1.jsonl", "a.rank2.jsonl"]
     assert [line["sample"] for line in lines_of(files[0])] == [0, 2, 4, 6, 8, 10, 3, 9]
-    assert sorted(lines_of(*files), key=lambda line: line["sample"]) == lines_of(never_killed)
+    assert sorted(lines_of(*files), key=lambda line: line["sample"]) == lines_of(uninterrupted)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cola, "load_checkpoint", lambda args: int(f"no {args.device}"))
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -1109,20 +987,15 @@ def test_ranks_cover_every_sample_once_whatever_their_number(never_killed, tmp_p
             run_study(tmp_path / "b.jsonl", "--device", device)
 
 
-def rows_of_blocks(n_layers, first=0):
-    """All chains of blocks of up to 4 layers, each skipped, run, or run twice."""
-    if first == n_layers:
-        return {()}
-    return {times * (*range(first, end),) + rest for end in range(first + 1, min(first + 4, n_layers) + 1)
-            for times in range(3) for rest in rows_of_blocks(n_layers, end)}
-
-
-def test_a_study_for_polar_holds_only_rows_of_blocks(tmp_path, command):
-    for n_layers in (1, 2, 5):
-        space = rows_of_blocks(n_layers)
-        assert all(common.readable(chain) == (chain in space) for depth in range(7)
-                   for chain in itertools.product(range(n_layers), repeat=depth))
-        assert all(common.readable([*chain]) for chain in space)
+def test_a_study_for_polar_holds_only_rows_of_blocks(tmp_path):
+    """Blocks of up to 4 layers, each skipped, run, or run twice."""
+    rows = [{()}]  # all that the first 0, 1, ... layers can form
+    for end in range(1, 6):
+        rows.append({row + times * (*range(first, end),) for first in range(max(0, end - 4), end)
+                     for times in range(3) for row in rows[first]})
+    assert all(common.readable(chain) == (chain in rows[5]) for depth in range(7)
+               for chain in itertools.product(range(5), repeat=depth))
+    assert all(common.readable([*chain]) for chain in rows[5])
     lines = run_study(tmp_path / "a.jsonl", "--polar", "--no-decoy", "--reorder=0")
     assert all(line["settings"]["polar"] for line in lines)
     assert all(common.readable(chain) for line in lines for field in report.CHAINS for chain in line[field])
@@ -1150,7 +1023,7 @@ LINES = [a_line(0, True, [0, 3], reorder=(1, 3)), a_line(1, True, [0, 1, 2, 3], 
          a_line(6, False, None, decoy=False, level=None), a_line(7, False, [0, 1, 2], level=None)]
 
 
-def test_the_report_equals_figures_worked_out_by_hand(tmp_path, command):
+def test_the_report_equals_figures_worked_out_by_hand_and_its_lift_that_of_a_textbook(tmp_path, command):
     files = [tmp_path / "a.jsonl.gz", write_rows(tmp_path / "b.jsonl", *LINES[3:])]
     files[0].write_bytes(gzip.compress(write_rows(tmp_path / "a", *LINES[:5]).read_bytes()))
     files[1].write_bytes(files[1].read_bytes() + b'{"torn')
@@ -1164,10 +1037,7 @@ def test_the_report_equals_figures_worked_out_by_hand(tmp_path, command):
         ["33.3% (12%-65%)", "77.8% (45%-94%)", "66.7% (30%-90%)", "16.7% (3%-56%)"]]
     assert [row[:2] for row in table(command(report, *files, "--levels")[1])[:3]] == [
         [f"org/m, math, level {level}", count] for level, count in [("1", "4"), ("2", "2"), ("None", "2")]]
-
-
-def test_the_lift_is_that_of_the_textbooks(tmp_path, command):
-    """Fagerland, Lydersen & Laake 2017: airway hyper-responsiveness, -0.286 (-0.507 to -0.026)."""
+    # Fagerland, Lydersen & Laake 2017: airway hyper-responsiveness, -0.286 (-0.507 to -0.026).
     pairs = [(True, True)] + [(True, False)] + [(False, True)] * 7 + [(False, False)] * 12
     lines = [a_line(i, False, [0] if found else None, decoy) for i, (found, decoy) in enumerate(pairs)]
     lines += [line | {"settings": line["settings"] | {"date": "2024"}} for line in LINES[:3]]  # which others lack
@@ -1257,17 +1127,15 @@ def test_fit_takes_its_samples_in_an_order_drawn_from_the_seed(command, monkeypa
     for seed in (1, 1, 2):
         runs.append([])
         command(fit, "--dataset=arithmetic-1", "--fit=0:32", "--test=40:44", "--simulations=2", "--seed", seed)
-    given = [f"arithmetic-1/{i}" for i in (*range(32), *range(40, 44))]
-    assert runs[0] == runs[1] != runs[2] and {*runs[0]} == {*runs[2]} == {*given} and runs[0][:32] != given[:32]
+    assert runs[0] == runs[1] != runs[2] and {*runs[0]} == {*runs[2]}
 
 
 def test_what_would_fail_after_a_fit_is_refused_before_it(refused, monkeypatch, tmp_path):
-    checkpoint(tmp_path / "m", {"some/file": None})
+    checkpoint(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", *({"question": "Q " * n, "answer": "1"} for n in (1, 2, 3, 4, 5, 600)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cola, "search", lambda *_: pytest.fail("the search began"))
-    for says, *more in [("sample 5: .* positions",), ("empty folder", "--export", "m"),
-                        ("stay as it is", "--export", "m/new"), ("keep them apart", "--test", "2:6")]:
+    for says, *more in [("sample 5: .* positions",), ("stay as", "--export=m/new"), ("keep them apart", "--test=2:6")]:
         refused(says, fit, "--model=m", "--dataset=rows.jsonl", "--fit=0:3", "--test=3:6", *more)
 
 
@@ -1281,8 +1149,7 @@ def test_transfer_counts_what_the_chains_answer_elsewhere(tiny, tmp_path, comman
         asked = [[sample.verify([chain])[0] for i, sample in enumerate(samples)
                   if sample.problem.level == other and i != own] for own, chain in chains]
         shares = [100 * sum(group) / len(group) for group in asked if group]
-        assert cells[level - 1][other].startswith("-" if not shares else f"{shares[0]:.1f}" if len(shares) == 1 else
-                                                  f"{sum(shares) / len(shares):.2f} ± ")
+        assert cells[level - 1][other] == (f"{shares[0]:.1f}" if len(shares) == 1 else common.mean(shares))
     assert cells[5][:2] == ["full model", "100.0"]
     for dataset in ("arithmetic-1", write_rows(tmp_path / "rows", {"question": "Q", "answer": "1"})):
         refused("has no sample ., or asks another question there", transfer, file, "--dataset", dataset)
@@ -1317,9 +1184,6 @@ def test_an_export_has_the_files_of_its_source_and_a_card(command, monkeypatch, 
     assert {*os.listdir(tmp_path / "hub")} == {*os.listdir(commit), "README.md"}
 
 
-ODD = (0, 1, 3, 3, 2, 4, 4)  # of 5 layers: a skip, two loops and a jump back
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("chain", [ODD, (3, 3), (1, 4, 1)])
 def test_an_exported_chain_runs_in_transformers(name, chain, tmp_path):
@@ -1337,29 +1201,26 @@ def test_windows_of_single_layers_move_in_transformers(family, older, tmp_path):
     """With layer_types each layer keeps its own window; where numbers say it, positions end at the window."""
     window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}
     moe = QWEN2_MOE | {"decoder_sparse_step": 2} if "Moe" in family else {}
-    oracle = save_random(tmp_path / "old", family, window | moe)
+    reference, file = save_random(tmp_path / "old", family, window | moe), tmp_path / "old" / "config.json"
     if older:
-        raw = json.loads((tmp_path / "old" / "config.json").read_text())
-        (tmp_path / "old" / "config.json").write_text(json.dumps(raw | {"layer_types": None}))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_types": None}))
     export.export(tmp_path / "old", cola.format_chain(ODD), tmp_path / "new")
     tokens = torch.randint(90, (2, 24 if older else 70))
-    transformers = pytest.importorskip("transformers")
-    new = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+    new = bench.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
     with torch.inference_mode():
-        logits, reference = new(tokens).logits, oracle_with_chain(oracle, ODD)(tokens).logits
-    assert (logits - reference).norm() < 1e-4 * reference.norm() and new.config.use_sliding_window == (not older)
+        logits, expected = new(tokens).logits, reference(ODD)(tokens).logits
+    assert (logits - expected).norm() < 1e-4 * expected.norm() and new.config.use_sliding_window == (not older)
     assert Config.from_json(tmp_path / "new" / "config.json").max_position_embeddings == 24
 
 
 def test_what_cannot_be_exported_ends_in_one_line(refused, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     checkpoint(tmp_path / "old")
-    checkpoint(tmp_path / "lacking", tensors=dict.fromkeys(name for name in tiny_tensors() if "layers.3." in name))
+    checkpoint(tmp_path / "lacking", tensors=dict.fromkeys(name for name in TINY_TENSORS if "layers.3." in name))
     checkpoint(tmp_path / "broken", {"model.safetensors": (cola.TINY / "model.safetensors").read_bytes()[:-9]})
     for says, *more in [("layers 0 to 11", "--chain=0-12"), ("at least one", "--chain="), ("empty folder", "--out=old"),
-                        ("empty folder", "--out=old/config.json"), ("No such file", "--model=nowhere"),
-                        ("stay as it is", "--model=old", "--out=old/new"), ("complete|whole", "--model=broken"),
-                        ("lacks", "--model=lacking", "--out=other")]:
+                        ("neither a folder", "--model=nowhere"), ("stay as it is", "--model=old", "--out=old/new"),
+                        ("complete|whole", "--model=broken"), ("lacks", "--model=lacking", "--out=other")]:
         refused(says, export, "--chain=0-5", "--out=new", *more)
     assert not [*tmp_path.glob("new/config.json"), *tmp_path.glob("other/config.json"), *tmp_path.glob("old/*.md")]
 
@@ -1403,18 +1264,15 @@ def test_searches_are_compared_in_one_command(name, command):
 
 
 def test_the_ways_of_the_benchmark_agree_and_its_busy_processes_end(command, monkeypatch):
-    """With their work, and with a parent that was killed."""
     monkeypatch.setattr(bench, "first_command", lambda: 1.0)  # whose time is for a quiet machine
     code, out, _ = command(bench, "--simulations", 12, "--subset", 4, "--device", "cpu")
     (case, _, chains, *prices, _, _, _, _, _, differ), = table(out)
     assert code is None and case == "tiny, arithmetic, 0 shots" and 30 < int(chains.split(",")[0]) <= 36
     assert differ == "0 of 12" and all(float(price) > 0 for price in prices[1:4])
-    with pytest.raises(ZeroDivisionError), bench.busy(1):
-        1 / 0
     with subprocess.Popen([sys.executable, "-c", bench.BUSY], stdin=subprocess.PIPE) as process:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.3)
-        process.stdin.close()
+        process.stdin.close()  # as their work does when it ends, or a parent that is killed
         assert process.wait(30) == 0
 
 
