@@ -21,8 +21,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 try:
     import torch
-    from huggingface_hub.errors import (GatedRepoError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
-                                        RepositoryNotFoundError, RevisionNotFoundError)
+    from huggingface_hub.errors import HTTPError
     from tqdm import tqdm
 
     import data
@@ -156,14 +155,10 @@ def draw(chain, n_layers):
         first    0 1 . 3
         then         2 3 x x
     """
-    rows = [[*range(n_layers)]]
+    rows, top, width = [[*range(n_layers)]], max(chain, default=-1), len(str(n_layers - 1)) + 1
     for layers in runs(chain, lambda a, b: b > a) or [()]:
-        start = layers[0] if len(rows) > 1 else 0
-        row = [""] * n_layers
-        for layer in range(start, max(layers, default=-1) + 1):
-            row[layer] = layer if layer in layers else "."
-        rows.append(row)
-    top, width = max(chain, default=-1), len(str(n_layers - 1)) + 1
+        drawn = range(layers[0] if len(rows) > 1 else 0, max(layers, default=-1) + 1)
+        rows.append([layer if layer in layers else "." if layer in drawn else "" for layer in range(n_layers)])
     rows[-1][top + 1:] = "x" * (n_layers - 1 - top)
     labels = ["layers", "first", *["then"] * len(rows)]
     return [f"{label:8}" + "".join(f"{cell:>{width}}" for cell in row).rstrip() for label, row in zip(labels, rows)]
@@ -301,22 +296,14 @@ def run(args):
 
 def one_line(error):
     """What is wrong with the input or the machine, and what to do; None for any other error, a bug."""
-    if isinstance(error, GatedRepoError):
-        return "this repository is gated; accept its licence on its page on the hub, then log in with `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
-        return "this repository has no such revision; give --revision a branch, a tag or a commit of it"
-    if isinstance(error, RepositoryNotFoundError):
-        return "no such folder, and no such repository on the hub; check the name, or log in with `hf auth login`"
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return ("the model or the dataset is not completely in the hub's cache, and the hub cannot be reached; "
-                "try again online, or give a local folder or file")
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "DefaultCPUAllocator" in str(error):
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
         return "the device has too little memory; use a smaller model, --cache-mb or --batch, or another --device"
-    if isinstance(error, HTTPError):
-        return f"the hub cannot be reached, or fails ({' '.join(str(error).split())}); try again later"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; give another path"
-    return " ".join(str(error).split()) if isinstance(error, (ValueError, OSError)) else None
+    if isinstance(error, (ValueError, OSError)):  # huggingface_hub's say what to do
+        return text
+    return f"the hub cannot be reached ({text}); try again later" if isinstance(error, HTTPError) else None
 
 
 def exit_on_error(program, command, *arguments):

@@ -14,12 +14,11 @@ DART-Math, arXiv 2407.13690.
 """
 import hashlib
 import json
-import math
 import random
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 
 import jinja2.ext
@@ -201,7 +200,7 @@ def read_jsonl(path):
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = json.loads(line, parse_constant=lambda name: None)  # NaN and Infinity are no answers
                     json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate such as \ud83d
                     problems.append(problem := read_row(row, f"{path}, line {number}", position=len(problems)))
                     first, answer = answers.setdefault(problem.question, (number, problem.answer))
@@ -219,32 +218,26 @@ def read_jsonl(path):
 
 def read_row(row, where, position):
     """A Problem from a row in the form of ARC, MATH or GSM8K, or any other with a question and an answer."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
-    question = row.get("question", row.get("problem"))
+    question = row.get("question", row.get("problem")) if isinstance(row, dict) else None
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f'{where}: no question; a row needs the text under "question" or "problem"')
+        raise ValueError(f'{where}: no question; a row is a JSON object with a text under "question" or "problem"')
     question, choices, texts = question.strip(), (), ()
-    if "choices" in row:
+    if row.get("choices") is not None:
         match row["choices"]:
             case {"text": [*texts], "label": [*labels]} if len(texts) == len(labels):
                 choices, texts = tuple(str(label).strip() for label in labels), tuple(texts)
             case _:
                 raise ValueError(f'{where}: choices must be {{"text": [...], "label": [...]}}, of equal length')
         question += listed(choices, texts)
-        answer = str(row.get("answerKey")).strip()
+        answer = str(row.get("answerKey", "")).strip()
         if answer not in choices:
             raise ValueError(f"{where}: answerKey {answer!r} is none of the choices {', '.join(choices)}")
     else:
         answer = row.get("answer")
         if isinstance(answer, str) and "####" in answer:  # GSM8K: the solution, then "#### 1,234"
             answer = answer.rpartition("####")[2].replace(",", "")
-    if isinstance(answer, float) and not math.isfinite(answer):  # json accepts NaN and Infinity
-        answer = None
-    if type(answer) not in (str, int, float) or not str(answer).strip():
-        raise ValueError(f'{where}: no answer; a row needs it under "answer", or "answerKey" with choices')
-    if "\n" in str(answer).strip():
-        raise ValueError(f"{where}: the answer has several lines; a row needs one that fits on a single line")
+    if type(answer) not in (str, int, float) or len(str(answer).strip().splitlines()) != 1:
+        raise ValueError(f'{where}: no answer of one line; a row needs it under "answer", or "answerKey" with choices')
     return Problem(str(row.get("id", row.get("unique_id", position))), question, str(answer).strip(), choices,
                    texts, row.get("level"))
 
@@ -269,9 +262,9 @@ def fetch_rows(repo, config, split):
             rows += [row["row"] for row in page["rows"]]
             total = bar.total = page["num_rows_total"]
             bar.update(len(page["rows"]))
-    partial = file.with_suffix(f".{random.SystemRandom().getrandbits(64)}")  # another process may be writing its own
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return partial.replace(file)
+    part = file.with_suffix(f".{random.SystemRandom().getrandbits(64)}")  # another process may be writing its own
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return part.replace(file)
 
 
 class Tokenizer:
@@ -290,33 +283,32 @@ class Tokenizer:
     """
 
     def __init__(self, folder, chat=True):
-        file = folder / "tokenizer.json"
         try:
-            self.tokenizer = RustTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{file} cannot be read as a tokenizer ({error}); fetch the checkpoint again") from None
+            self.read(folder, chat)
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise ValueError(f"{folder}: tokenizer.json or a file beside it is missing or malformed ({error!r}); fetch "
+                             "the checkpoint again, or use --no-chat if it is the chat template") from None
+
+    def read(self, folder, chat):
+        self.tokenizer = RustTokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        try:
-            self.read_settings(folder, chat)
-        except (AttributeError, KeyError, TypeError, UnicodeError) as error:
-            raise ValueError(f"{folder}: the tokenizer's settings are malformed ({error!r}); fetch it again") from None
-
-    def read_settings(self, folder, chat):
+        self.decode = self.tokenizer.decode
         settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-        self.source, file = settings.get("chat_template"), folder / "chat_template.jinja"
+        source, file = settings.get("chat_template"), folder / "chat_template.jinja"
         if file.is_file():
-            self.source = file.read_text(encoding="utf-8")
-        elif isinstance(self.source, list):  # several, by name
-            self.source = {entry["name"]: entry["template"] for entry in self.source}.get("default")
-        self.chat = chat and bool(self.source)
-        self.special = {name: token["content"] if isinstance(token, dict) else token for name, token in settings.items()
-                        if self.chat and name.endswith("_token") and token is not None}
+            source = file.read_text(encoding="utf-8")
+        elif isinstance(source, list):  # several, by name
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        self.chat = chat and bool(source)
+        if self.chat:
+            special = {name: token["content"] if isinstance(token, dict) else token
+                       for name, token in settings.items() if name.endswith("_token") and token is not None}
+            self.template = compile_template(source, special)
         ends = read_json(folder / "generation_config.json").get("eos_token_id")
         ends = read_json(folder / "config.json").get("eos_token_id") if ends is None else ends
-        ids = range(self.tokenizer.get_vocab_size())
-        texts = self.tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
-        self.texts = dict(zip(ids, texts))
+        ids = self.tokenizer.get_vocab().values()  # there may be gaps
+        self.texts = dict(zip(ids, self.tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)))
         # Trailing white space before the line break does not matter to exact match.
         self.breaks = {i: text.partition("\n")[0].rstrip() for i, text in self.texts.items() if "\n" in text}
         self.braces = {i for i, text in self.texts.items() if "}" in text}
@@ -349,22 +341,6 @@ class Tokenizer:
         text, before = self.decode(ids), ids[:-1]
         return {i for i in self.braces if self.decode([*before, i]).startswith(text)} - {ids[-1]}
 
-    def decode(self, ids):
-        return self.tokenizer.decode(ids)
-
-    @cached_property
-    def template(self):
-        """The chat template, compiled once, because compiling takes longer than rendering."""
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=[jinja2.ext.loopcontrols])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime, **self.special}
-        # {% generation %} marks what a model is trained to write. jinja2 lacks it; {% with %} has no effect either.
-        return environment.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", self.source))
-
     def render(self, messages, answered=False):
         """The conversation as text, up to where the model answers unless it is answered already."""
         try:
@@ -374,9 +350,19 @@ class Tokenizer:
             raise ValueError(f"the chat template fails ({error}); use --no-chat") from None
 
 
+def compile_template(source, special):
+    """A chat template, in jinja2's sandbox, with what transformers gives to it; special: {name: special token}."""
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime, **special}
+    # {% generation %} marks what a model is trained to write. jinja2 lacks it; {% with %} has no effect either.
+    return environment.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", source))
+
+
 def read_json(path):
     """The content of a JSON file, {} if there is no file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -22,16 +22,12 @@ from torch import nn
 from torch.nn import functional as F
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmoe", "qwen2_moe", "qwen3_moe")
-ROPE_TYPES = {  # and the settings that each requires
-    "default": [],
-    "linear": ["factor"],
-    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
-}
+ROPE_TYPES = ("default", "linear", "llama3")
 
 
 @dataclass
 class Config:
-    """The part of a Hugging Face config.json that the decoder needs, under the same names, RoPE's included."""
+    """The part of a Hugging Face config.json that the decoder needs, under the same names."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -41,12 +37,7 @@ class Config:
     num_key_value_heads: int = 0  # 0: as many as query heads
     head_dim: int = 0  # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
-    rope_type: str = "default"
-    rope_theta: float = 10000.0
-    factor: float = 0.0  # this and the next three: see ROPE_TYPES
-    low_freq_factor: float = 0.0
-    high_freq_factor: float = 0.0
-    original_max_position_embeddings: float = 0.0
+    rope_parameters: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     clip_qkv: float = 0.0  # bound of queries, keys and values (OLMoE); 0: none
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0  # 0: intermediate_size; also for shared experts
@@ -57,10 +48,6 @@ class Config:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_key_value_heads} key/value heads for {self.num_attention_heads} query heads")
-        if not self.head_dim or self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} does not split into the two halves of RoPE")
 
     @classmethod
     def from_json(cls, path):
@@ -71,33 +58,29 @@ class Config:
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
             if raw.get("rope_scaling") not in (None, rope):
                 raise ValueError("rope_parameters and rope_scaling differ")
-            raw = {"hidden_act": "silu", "partial_rotary_factor": 1, **raw,
-                   "rope_type": rope.get("type", "default"), **rope}
+            rope = {"rope_type": rope.pop("type", "default"), "rope_theta": raw.get("rope_theta", 10000.0), **rope}
+            raw = {"hidden_act": "silu", "partial_rotary_factor": 1, **raw, **rope, "rope_parameters": rope}
             for name, supported in [("model_type", MODEL_TYPES), ("hidden_act", ["silu"]),
-                                    ("rope_type", [*ROPE_TYPES]), ("partial_rotary_factor", [1]),
+                                    ("rope_type", ROPE_TYPES), ("partial_rotary_factor", [1]),
                                     ("quantization_config", [None])]:
                 if raw.get(name) not in supported:
                     raise ValueError(f"{name} {raw.get(name)!r} is not supported; it must be one of "
                                      f"{', '.join(map(str, supported))}")
-            values = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
-            for field in [field for field in fields(cls) if field.name in values]:
-                value, kind = values[field.name], field.type
-                types = (int, float) if kind is float else (kind,)  # JSON may say 1 for 1.0
-                limit = 2 ** 24 if kind is int else 2 ** 60  # real sizes are far below
-                absent = kind is int and value == field.default  # some configs write 0 for what is absent
-                if type(value) not in types or int in types and not (absent or 0 < value < limit):
-                    raise ValueError(f"{field.name} {value!r} has the wrong type or is out of range")
-            if missing := [name for name in ROPE_TYPES[raw["rope_type"]] if name not in values]:
-                raise ValueError(f"rope_type {raw['rope_type']} needs {', '.join(missing)}")
-            config = cls(**values)
+            values = {entry: raw[entry.name] for entry in fields(cls) if raw.get(entry.name) is not None}
+            for entry, value in values.items():
+                types = (int, float) if entry.type is float else (entry.type,)  # JSON may say 1 for 1.0
+                absent = entry.type is int and value == entry.default  # some configs write 0 for what is absent
+                if type(value) not in types or int in types and not (absent or 0 < value < 2 ** 31):
+                    raise ValueError(f"{entry.name} {value!r} has the wrong type or is out of range")
+            config = cls(**{entry.name: value for entry, value in values.items()})
+            if not rope_table(config, 0, 1, torch.empty(0))[0].isfinite().all():
+                raise ValueError(f"RoPE cannot be computed with {rope}")
             # Within its first window, sliding attention is full attention, so ending the positions there is enough.
             window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
             if window and raw.get("use_sliding_window", True):
-                if type(window) is not int or window < 0:
-                    raise ValueError(f"sliding_window is {window!r}")
                 config.max_position_embeddings = min(config.max_position_embeddings, window)
             return config
-        except (ArithmeticError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} does not describe a supported decoder ({error}); use another checkpoint, or "
                              "fetch it again") from None
 
@@ -126,26 +109,18 @@ class KVCache:
         return self.slots[step]
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x), scaled by a learned weight; computed in float32 as the published checkpoints expect."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+class RMSNorm(nn.RMSNorm):
+    """torch's, but in float32 up to the product with the weight, as the published checkpoints expect."""
 
     def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """A linear layer that uses oneDNN for large float32 products in inference on a CPU.
-
-    By default torch uses MKL, which is half as fast as oneDNN on AMD cores. A call to oneDNN costs more, so small
-    products stay with MKL.
-    """
+    """A linear layer that uses oneDNN, on AMD twice as fast as torch's MKL, for float32 inference on a CPU."""
 
     def forward(self, x):
-        large = x.numel() * self.out_features > 2 ** 22  # multiplications
+        large = x.numel() * self.out_features > 2 ** 22  # multiplications; for fewer, a call to oneDNN costs too much
         if (large and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
                 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             return F.linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
@@ -155,16 +130,22 @@ class Linear(nn.Linear):
 def rope_table(config, start, end, like):
     """cos and sin of the angles of positions start..end-1, each [end - start, head_dim] (RoPE, section 3.2.2).
 
-    Computed in float32, returned in the dtype and on the device of `like`.
+    Computed in float32, returned in the dtype and on the device of `like`. Raises ValueError for no positions, or more
+    than the model has.
     """
+    if start == end:
+        raise ValueError("there are no tokens to run; give at least one")
+    if end > config.max_position_embeddings:
+        raise ValueError(f"{end} tokens are more than the model's {config.max_position_embeddings} positions; use a "
+                         "shorter prompt, such as another sample or fewer worked examples")
     half = torch.arange(0, config.head_dim, 2, device=like.device).float() / config.head_dim
-    frequency = config.rope_theta ** -half
-    if config.rope_type == "linear":
-        frequency = frequency / config.factor
-    elif config.rope_type == "llama3":  # scale only the frequencies that make few turns within the original length
-        turns = config.original_max_position_embeddings * frequency / (2 * math.pi)
-        keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
-        frequency = torch.lerp(frequency / config.factor, frequency, keep.clamp(0, 1))
+    rope, frequency = config.rope_parameters, config.rope_parameters["rope_theta"] ** -half
+    if rope["rope_type"] == "linear":
+        frequency = frequency / rope["factor"]
+    elif rope["rope_type"] == "llama3":  # scale only the frequencies that make few turns within the original length
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        keep = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+        frequency = torch.lerp(frequency / rope["factor"], frequency, keep.clamp(0, 1))
     angle = torch.outer(torch.arange(start, end, device=like.device).float(), frequency)
     angle = torch.cat((angle, angle), dim=-1)  # these checkpoints pair dimension i with i + head_dim / 2
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
@@ -179,18 +160,18 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Causal attention in which several query heads share one key/value head."""
 
-    def __init__(self, config, shapes):
+    def __init__(self, config, tensors):
         super().__init__()
         self.head_dim, self.clip = config.head_dim, config.clip_qkv
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_size, bias="self_attn.q_proj.bias" in shapes)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias="self_attn.k_proj.bias" in shapes)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias="self_attn.v_proj.bias" in shapes)
-        self.o_proj = Linear(q_size, config.hidden_size, bias="self_attn.o_proj.bias" in shapes)
+        self.q_proj = Linear(config.hidden_size, q_size, bias="self_attn.q_proj.bias" in tensors)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias="self_attn.k_proj.bias" in tensors)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias="self_attn.v_proj.bias" in tensors)
+        self.o_proj = Linear(q_size, config.hidden_size, bias="self_attn.o_proj.bias" in tensors)
         self.q_norm = self.k_norm = None
-        if "self_attn.q_norm.weight" in shapes:  # over each head (Qwen3), or over all of them (OLMoE)
-            per_head = shapes["self_attn.q_norm.weight"] == [config.head_dim]
+        if "self_attn.q_norm.weight" in tensors:  # over each head (Qwen3), or over all of them (OLMoE)
+            per_head = len(tensors["self_attn.q_norm.weight"]) == config.head_dim
             self.q_norm = RMSNorm(config.head_dim if per_head else q_size, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim if per_head else kv_size, config.rms_norm_eps)
 
@@ -231,17 +212,17 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """Mixture of experts: each token goes to a few of many small MLPs, and to a shared one if there is one."""
 
-    def __init__(self, config, shapes):
+    def __init__(self, config, tensors):
         super().__init__()
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
-        size, n_experts = config.hidden_size, (shapes["mlp.gate.weight"] or [0])[0]
+        size, n_experts = config.hidden_size, len(tensors["mlp.gate.weight"])
         if not 1 <= self.top_k <= n_experts:
             raise ValueError(f"config.json asks for {self.top_k} of {n_experts} experts; fetch the checkpoint again")
         self.gate = Linear(size, n_experts, bias=False)
         self.experts = nn.ModuleList(MLP(size, config.moe_intermediate_size or config.intermediate_size)
                                      for _ in range(n_experts))
         self.shared_expert = None
-        if "mlp.shared_expert_gate.weight" in shapes:
+        if "mlp.shared_expert_gate.weight" in tensors:
             self.shared_expert = MLP(size, config.shared_expert_intermediate_size or config.intermediate_size)
             self.shared_expert_gate = Linear(size, 1, bias=False)
 
@@ -266,19 +247,19 @@ class Layer(nn.Module):
     """One module of a chain. It adds to the hidden states, so skipping or repeating it leaves them usable.
 
     Args:
-      shapes: {name: shape} of the tensors of all layers, which show what optional parts the layers have.
+      tensors: {name: tensor} of all layers together, which show what optional parts the layers have.
       sparse: whether the MLP of this layer is a mixture of experts.
     """
 
-    def __init__(self, config, shapes, sparse):
+    def __init__(self, config, tensors, sparse):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, shapes)
+        self.self_attn = Attention(config, tensors)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if sparse:
-            self.mlp = Experts(config, shapes)
+            self.mlp = Experts(config, tensors)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias="mlp.gate_proj.bias" in shapes)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias="mlp.gate_proj.bias" in tensors)
 
     def forward(self, x, rope, cache=None, step=None):
         """Hidden states [B, T, hidden_size] to those after this layer; `step` is this layer's slot in the cache."""
@@ -291,17 +272,17 @@ class Llama(nn.Module):
 
     Args:
       config: a Config.
-      shapes: {name: shape} of the checkpoint's tensors; without, it is a plain Llama.
+      tensors: {name: tensor} of the checkpoint, which show its optional parts; without, it is a plain Llama.
     """
 
-    def __init__(self, config, shapes=None):
+    def __init__(self, config, tensors=None):
         super().__init__()
-        shapes = shapes or {}
+        tensors = tensors or {}
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # Of all layers together, so that loading refuses a layer that lacks what others have.
-        of_layers = {name.split(".", 2)[-1]: shape for name, shape in shapes.items() if name.startswith("layers.")}
-        self.layers = nn.ModuleList(Layer(config, of_layers, sparse=f"layers.{i}.mlp.gate.weight" in shapes)
+        of_layers = {name.split(".", 2)[-1]: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
+        self.layers = nn.ModuleList(Layer(config, of_layers, sparse=f"layers.{i}.mlp.gate.weight" in tensors)
                                     for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -320,41 +301,42 @@ class Llama(nn.Module):
         Raises ValueError or OSError (also of huggingface_hub) that says what is wrong.
         """
         path, device = fetch(path_or_repo, revision), find_device(device)
+        config = Config.from_json(path / "config.json")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        config, weights = Config.from_json(path / "config.json"), read_weights(path)
-        config.tie_word_embeddings &= "lm_head.weight" not in weights
-        if config.num_hidden_layers > len(weights):
-            raise ValueError(f"{path} has too few tensors for {config.num_hidden_layers} layers; fetch it again")
-        shapes = {name: [*tensor.shape] for name, tensor in weights.items()}
-        if config.tie_word_embeddings and "embed_tokens.weight" in weights:
-            weights["lm_head.weight"] = weights["embed_tokens.weight"]
         try:
+            weights = {name.removeprefix("model."): nn.Parameter(tensor, requires_grad=False)  # memory-mapped as yet
+                       for file in weight_files(path) for name, tensor in load_file(file).items()
+                       if not name.endswith("rotary_emb.inv_freq")}  # in old checkpoints; follows from the config
+            if config.num_hidden_layers > len(weights):
+                raise RuntimeError(f"too few tensors for {config.num_hidden_layers} layers")
+            config.tie_word_embeddings &= "lm_head.weight" not in weights
+            if config.tie_word_embeddings:  # one Parameter under two names
+                weights["lm_head.weight"] = weights.get("embed_tokens.weight")
             with torch.device("meta"):  # no memory yet: the tensors become the parameters
-                model = cls(config, shapes).requires_grad_(False)
+                model = cls(config, weights).requires_grad_(False)
             model.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: the weights do not match config.json ({str(error)[:300]}); fetch the checkpoint "
-                             "again") from None
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight
+        except (RuntimeError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{path}: the weights are incomplete or do not match config.json ({str(error)[:300]}); "
+                             "fetch the checkpoint again") from None
         for name, parameter in model.named_parameters():
-            parameter.data = convert(f"{path}: tensor {name}", parameter.data, device, dtype)
-        model.requires_grad_()
-        return model.eval()
+            if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"{path}: tensor {name} is {parameter.dtype}; use a checkpoint that is not quantized")
+            parameter.data = parameter.data.to(device, dtype)
+            if not all(extreme.isfinite() for extreme in parameter.aminmax()):  # NaN spreads to both
+                raise ValueError(f"{path}: tensor {name} holds NaN or infinity as {dtype}; use another --dtype, or "
+                                 "fetch it again")
+        return model.requires_grad_().eval()
 
     def hidden(self, tokens, chain=None, cache=None):
         """Normalized last hidden states [B, T, hidden_size]; arguments as for `forward`."""
         chain = check_chain(range(len(self.layers)) if chain is None else chain, len(self.layers))
-        past, new = 0 if cache is None else cache.length, tokens.shape[1]
-        if new == 0:
-            raise ValueError("there are no tokens to run; give at least one")
-        check_positions(past + new, self.config)
+        past = 0 if cache is None else cache.length
+        rope = rope_table(self.config, past, past + tokens.shape[1], like=self.embed_tokens.weight)
         if cache is not None:
             if cache.chain not in (None, chain):
                 raise ValueError(f"this cache holds chain {list(cache.chain)}; make a new KVCache for {list(chain)}")
-            cache.chain, cache.length = chain, past + new
+            cache.chain, cache.length = chain, past + tokens.shape[1]
         x = self.embed_tokens(tokens)  # [B, T, hidden_size]
-        rope = rope_table(self.config, past, past + new, x)
         for step, layer in enumerate(chain):
             x = self.layers[layer](x, rope, cache, step)
         return self.norm(x)
@@ -378,7 +360,7 @@ class Llama(nn.Module):
         Ends before the first token in `stop`, after the first one in `last` (both are sets of ids, or None), and at
         the model's last position. Raises ValueError as `forward` does.
         """
-        cache, new = KVCache(), []
+        cache, chain, new = KVCache(), None if chain is None else tuple(chain), []
         unread = torch.tensor([tokens], device=self.lm_head.weight.device)  # the whole prompt (prefill)
         while len(new) < max_new_tokens:
             token = self.lm_head(self.hidden(unread, chain, cache)[0, -1]).argmax().item()
@@ -398,13 +380,6 @@ def check_chain(chain, n_layers):
         if not 0 <= layer < n_layers:
             raise ValueError(f"layer {layer} does not exist; the model has layers 0 to {n_layers - 1}")
     return chain
-
-
-def check_positions(n_tokens, config):
-    """Raises ValueError for more tokens than the model has positions."""
-    if n_tokens > config.max_position_embeddings:
-        raise ValueError(f"{n_tokens} tokens are more than the model's {config.max_position_embeddings} positions; "
-                         "use a shorter prompt, such as another sample or fewer worked examples")
 
 
 HEAD_ROWS = 256  # positions that go through the head at once: over a large vocabulary their logits fill memory
@@ -428,7 +403,6 @@ class Verifier:
                                                  (0 1 1 2)
 
     Args:
-      model: a Llama.
       prompt, answer: token ids; a prompt has at least one.
       stop: set of ids, one of which must follow the answer; None if the answer is complete without one.
       cache_mb: megabytes (2 ** 20 bytes) of hidden states to keep for later calls; scores do not depend on it, except
@@ -445,9 +419,8 @@ class Verifier:
             raise ValueError("the prompt has no tokens; give it at least one")
         if cache_mb < 0:
             raise ValueError(f"cache_mb must be 0 or more, not {cache_mb}")
-        check_positions(len(prompt) + len(answer), model.config)
         to_ids = partial(torch.tensor, dtype=torch.long, device=model.lm_head.weight.device)
-        self.model, self.free_bytes = model, cache_mb * 2 ** 20
+        self.model = model
         # A tokenizer, or its settings, may know ids that the model does not; it never writes those.
         stops, fused = [[i for i in ids or () if i < model.config.vocab_size] for ids in (stop, fused)]
         self.answer, self.stop, self.fused = to_ids(answer), None if stop is None else to_ids(stops), to_ids(fused)
@@ -457,6 +430,7 @@ class Verifier:
         self.tokens = to_ids([[*prompt, *answer]])  # [1, T]
         self.rope = rope_table(model.config, 0, len(prompt) + len(answer), like=model.embed_tokens.weight)
         self.states = OrderedDict()  # {prefix: the hidden states after it}, the least recently used first
+        self.capacity = cache_mb * 2 ** 20 // (self.tokens.numel() * model.embed_tokens.weight[0].nbytes)  # of `states`
         self.steps_asked = self.steps_run = 0
 
     def __call__(self, chains):
@@ -509,8 +483,9 @@ class Verifier:
             self.steps_run += len(batch)
             # Cloned, because a kept view would hold its whole batch in memory.
             after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
-            for prefix, states in after.items():
-                self.keep(prefix, states)
+            self.states |= after
+            while len(self.states) > self.capacity:
+                self.states.popitem(last=False)
             for chain, steps in pending.items():
                 if chain[steps] == layer:
                     progress[chain] = steps + 1, after[chain[:steps + 1]]
@@ -524,15 +499,6 @@ class Verifier:
                 return steps, self.states[chain[:steps]]
         return 0, self.model.embed_tokens(self.tokens)
 
-    def keep(self, prefix, states):
-        """Keeps the states of a prefix; drops the least recently used until all fit the budget."""
-        self.states[prefix] = states
-        self.free_bytes -= states.nbytes
-        while self.free_bytes < 0:
-            self.free_bytes += self.states.popitem(last=False)[1].nbytes
-
-
-# Devices and checkpoints.
 
 def find_device(name=None):
     """The torch.device of that name, by default the GPU if there is one. Raises ValueError if it is unavailable."""
@@ -568,25 +534,3 @@ def weight_files(path):
     if not files:
         raise FileNotFoundError(f"{single} is missing; a checkpoint needs its weights as safetensors")
     return files
-
-
-def read_weights(path):
-    """The checkpoint's tensors, {name less the leading "model.": tensor}, memory-mapped until used."""
-    weights = {}
-    for file in weight_files(path):
-        try:
-            weights |= {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete safetensors file ({error}); fetch it again") from None
-    # Old checkpoints store these frequencies, which follow from the config.
-    return {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-
-
-def convert(name, tensor, device, dtype):
-    """The tensor on this device in this dtype. Raises ValueError if it is quantized, or has NaN or infinity there."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{name} is {tensor.dtype}; use a checkpoint that is not quantized")
-    tensor = tensor.to(device, dtype)
-    if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN spreads to both
-        raise ValueError(f"{name} holds NaN or infinity as {dtype}; use another --dtype, or fetch it again")
-    return tensor

@@ -149,7 +149,7 @@ def test_arithmetic_is_correct_distinct_and_held_out():
      "Question: Hot?\n1. ice\n2. fire\nAnswer:", "2"),
     ({"problem": "What is $1+1$?", "answer": "2", "level": 1}, "Question: What is $1+1$?\nAnswer:", "2"),
     ({"question": "How many?", "answer": "3 * 6 = 18\n#### 1,018"}, "Question: How many?\nAnswer:", "1018"),
-    ({"question": "1 / 2?", "answer": 0.5}, "Question: 1 / 2?\nAnswer:", "0.5")])
+    ({"question": "1 / 2?", "answer": 0.5, "choices": None}, "Question: 1 / 2?\nAnswer:", "0.5")])
 def test_rows_of_every_form_become_problems_with_the_others_as_examples(row, prompt, answer, tmp_path):
     other = {"id": "last", "problem" if "problem" in row else "question": "Another?"}
     file = write_rows(tmp_path / "rows.jsonl", row, "", row, row | other | {"unique_id": "u"})
@@ -164,9 +164,9 @@ def test_rows_of_every_form_become_problems_with_the_others_as_examples(row, pro
 @pytest.mark.parametrize("content, says", [
     ("", "no rows"), ("\udcff", "UTF-8"), (r'{"question": "a\ud800b", "answer": "2"}', "UTF-8"),
     (json.dumps(CHOICE) + "\nhello", "line 2: not JSON"), ("[" * 10**5, "line 1: not JSON"),
-    ("[1]", "line 1: a row must be a JSON object"), ({"question": " ", "answer": "1"}, "no question"),
+    ("[1]", "line 1: no question; a row is a JSON object"), ({"question": " ", "answer": "1"}, "no question"),
     ({"question": "Q", "answer": True}, "no answer"), ({"question": "Q", "answer": math.nan}, "no answer"),
-    ({"question": "Q", "answer": "one\ntwo"}, "line 1: the answer has several lines"),
+    ({"question": "Q", "answer": "one\ntwo"}, "line 1: no answer of one line"),
     ("\n".join('{"question": "Q", "answer": "%s"}' % answer for answer in "112"), "line 3: line 1 answers the same"),
     (CHOICE | {"answerKey": "D"}, "'D' is none of the choices A, B, C"),
     (CHOICE | {"choices": {"text": ["fire"], "label": ["A", "B"]}}, "of equal length")],
@@ -203,7 +203,7 @@ LLAMA3_LIKE = """{{- bos_token }}{% if tools is not none %}{{ raise_exception("n
     {{- '[' + message.role + strftime_now(" %d %b") + '] ' + message['content'] | trim + eos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '[assistant] ' }}{% endif %}
-{{ messages | tojson }}"""
+{{ messages | tojson(ensure_ascii=false) }}"""
 QWEN3_LIKE = """{% for turn in messages %}<|im_start|>{{ turn.role }}
 {% if turn.role == "assistant" and loop.last %}{{ "<think>\n\n</think>\n\n" }}{% endif %}{{ turn.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
@@ -332,8 +332,8 @@ def test_models_and_datasets_come_from_the_hub_once(command, refused, tmp_path, 
     assert "gold      7\n" in run("--dataset=math-3", "--sample-id=1")[1]
     assert sorted(name for name in hub.asked if isinstance(name, str)) == sorted([*files, "test.jsonl"])
     assert [name for name in hub.asked if isinstance(name, int)] == [0, 100, 200] * 3
-    for says, *wrong in [("no such repository", "--model=org/nothing"), ("gated", "--model=org/gated"),
-                         ("--revision", "--model=org/model", "--revision=v9"), ("again later", "--dataset=arc-easy")]:
+    for says, *wrong in [("Repository Not Found", "--model=org/nothing"), ("gated", "--model=org/gated"),
+                         ("Revision Not", "--model=org/model", "--revision=v9"), ("404", "--dataset=arc-easy")]:
         code, out, err = run("--sample-id=0", *wrong)
         assert (code, out) == (2, "") and says in err.splitlines()[-1]  # after the client's progress bar
     hub.shutdown()
@@ -341,7 +341,7 @@ def test_models_and_datasets_come_from_the_hub_once(command, refused, tmp_path, 
     for offline in (False, True):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         assert run(*model)[:2] == fetched[:2] and run(*gsm8k)[:2] == test[:2]
-        refused("cannot be reached", cola, "--sample-id=0", "--model=org/other")
+        refused("Cannot find|cannot find", cola, "--sample-id=0", "--model=org/other")
 
 
 # model.py
@@ -353,7 +353,7 @@ def test_a_cache_changes_neither_text_nor_logits(chain):
     with torch.inference_mode():
         pieces = [model(piece, chain, cache) for piece in tokens.split([5, 1, 8, 6], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens, chain))
-        text = model.generate([3, 1, 4], chain, max_new_tokens=12)
+        text = model.generate([3, 1, 4], iter(chain), max_new_tokens=12)
         assert model(torch.tensor([[3, 1, 4, *text]]), chain)[0, 2:-1].argmax(-1).tolist() == text
     with pytest.raises(ValueError, match="holds chain .* make a new KVCache"):
         model(tokens, [*chain, 0], cache)
@@ -464,8 +464,8 @@ def test_a_verdict_is_generate_and_exact_match(fused, tmp_path):
     tokenizer = Tokenizer.from_file(str(cola.TINY / "tokenizer.json"))
     rows = [embedding[tokenizer.encode(text).ids] * 1.5 for text in fused.values()]  # wins over the text replaced
     tokenizer.add_tokens([*fused])  # {text: what it replaces}, such as the ")\n\n" that Qwen and Llama 3 have
-    # A checkpoint may hold a head although it is tied; old ones hold the frequencies of RoPE, too.
-    tensors = dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], torch.cat((embedding, *rows)))
+    # A checkpoint may hold a head although it is tied, or float64; old ones hold the frequencies of RoPE, too.
+    tensors = dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], torch.cat((embedding, *rows)).double())
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
     folder = checkpoint(tmp_path / "m", {"tokenizer.json": tokenizer.to_str()}, tensors, vocab_size=284 + len(rows))
     model, tokenizer = Llama.from_pretrained(folder, "cpu"), data.Tokenizer(folder)
@@ -559,15 +559,15 @@ def test_a_config_may_say_what_a_model_lacks_and_where_its_window_ends(settings,
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"), ({"quantization_config": {}}, "quantization_config"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"), ({"rope_parameters": [1]}, "not describe"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "differ"), ({"vocab_size": None}, "vocab_size"),
-    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type linear needs factor"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "supported decoder ..factor"),
     ({"hidden_size": 64.0}, "64.0"), ({"num_hidden_layers": True}, "True"), ({"head_dim": 10**400}, "head_dim 1"),
-    ({"rms_norm_eps": math.inf}, "rms_norm_eps"), ({"clip_qkv": 0}, "clip_qkv"), ({"head_dim": 33}, "halves"),
-    ({"num_key_value_heads": 3}, "3 key/value heads for 2 query"), ({"num_hidden_layers": 10**7}, "too few"),
+    ({"rms_norm_eps": math.inf}, "rms_norm_eps"), ({"clip_qkv": 0}, "clip_qkv"), ({"head_dim": 33}, "size mismatch"),
+    ({"num_key_value_heads": 3}, "size mismatch"), ({"num_hidden_layers": 10**7}, "too few"),
     ({"num_hidden_layers": 13}, "Missing .*layers.12"), ({"tie_word_embeddings": 2}, "wrong type"),
     ({"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20}, "size mismatch"),
-    ({"files": {"config.json": None}}, "config.json: No such file"), ({"files": {"config.json": "{"}}, "not describe"),
+    ({"files": {"config.json": None}}, "neither a folder with"), ({"files": {"config.json": "{"}}, "not describe"),
     ({"files": {"model.safetensors": None}}, "missing"), ({"files": {"model.safetensors": b"?" * 99}}, "complete"),
-    ({"tensors": {"x": torch.zeros(2)}}, "Unexpected .*x"), ({"sliding_window": -5}, "sliding_window is -5"),
+    ({"tensors": {"x": torch.zeros(2)}}, "Unexpected .*x"), ({"sliding_window": -5}, "model's -5 positions"),
     ({"tensors": {"model.embed_tokens.weight": None}}, "Missing .*embed_tokens"),
     ({"tensors": {NORM: torch.zeros(0)}}, "size mismatch"), ({"tensors": {NORM: torch.ones(64).char()}}, "quantized"),
     ({"tensors": {NORM: torch.full([64], math.nan)}}, "NaN or infinity as torch.bfloat16; use another --dtype"),
@@ -576,8 +576,8 @@ def test_a_config_may_say_what_a_model_lacks_and_where_its_window_ends(settings,
     ({"tensors": {GATE: torch.ones(2, 64)}, "num_experts_per_tok": 3}, "3 of 2 experts"),
     # The highest of the prompt's token ids is 283.
     ({"tensors": {"model.embed_tokens.weight": torch.ones(283, 64)}, "vocab_size": 283}, "more tokens than the model"),
-    ({"files": {"tokenizer.json": None}}, "No such file"), ({"files": {"tokenizer.json": "{"}}, "read as a tokenizer"),
-    ({"files": {"tokenizer_config.json": "{"}}, "tokenizer_config.json is not valid JSON"),
+    ({"files": {"tokenizer.json": None}}, "missing or"), ({"files": {"tokenizer.json": "{"}}, "or malformed"),
+    ({"files": {"tokenizer_config.json": "{"}}, "or malformed .JSONDecodeError"),
     ({"files": {"tokenizer_config.json": "[]"}}, "malformed"), ({"files": {"chat_template.jinja": "{%"}}, "--no-chat"),
     ({"files": {"chat_template.jinja": "{{ ''.__class__.__mro__ }}"}}, "--no-chat")],  # out of the sandbox
     ids=lambda value: str(value)[:60])
@@ -787,7 +787,7 @@ def test_an_answer_is_generated_as_far_as_tells_correct_from_wrong(tiny, monkeyp
 
 def without_c(folder):
     """tiny with a tokenizer that knows few words, "C" not among them."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate("?QAB")}, unk_token="?"))
+    tokenizer = Tokenizer(models.WordLevel({word: 60 * i for i, word in enumerate("?QAB")}, unk_token="?"))  # with gaps
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return checkpoint(folder, {"tokenizer.json": tokenizer.to_str()})
 

@@ -99,9 +99,8 @@ def save_checkpoint(folder, model, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {name: value for name, value in vars(model.config).items() if value}
-    rope = {name: config.pop(name) for name in ("rope_type", "rope_theta")}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float32",
-              "eos_token_id": 0, **config, "rope_parameters": rope}
+              "eos_token_id": 0, **config}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_tensors({f"model.{name}": weight for name, weight in model.named_parameters()}, folder / "model.safetensors",
                  format="pt")
