@@ -57,7 +57,7 @@ class Node:
     """A prefix of a chain or, after the action stop, a complete chain; closed: it leads to no new chain."""
 
     def __init__(self):
-        self.children, self.visits, self.total, self.closed = {}, 0, 0.0, False  # total: of the values backed up
+        self.children, self.visits, self.total, self.closed = defaultdict(Node), 0, 0.0, False  # total: values backed up
 
     def bound(self, width):
         """The upper confidence bound Q + c * P * sqrt(N) / (1 + n), PUCT [2]; `width` is c * P * sqrt(N).
@@ -69,9 +69,10 @@ class Node:
     def select(self, priors, exploration):
         """The action with the highest bound, or None if all are closed. `priors` lists the most likely action first."""
         width, bounds = exploration * math.sqrt(self.visits), {}
-        untried = next((action for action in priors if action not in self.children), None)  # has the highest prior
-        if untried is not None:  # its n is 0; for lack of its own, Q is the mean value of this node
-            bounds[untried] = self.total / self.visits + width * priors[untried]
+        for action, prior in priors.items():
+            if action not in self.children:  # its n is 0; for lack of its own, Q is the mean value of this node
+                bounds[action] = self.total / self.visits + width * prior
+                break  # other untried actions have lower priors
         for action, child in self.children.items():
             if not child.closed:
                 bounds[action] = child.bound(width * priors[action])
@@ -142,10 +143,10 @@ class Search:
         table: the elite's transitions, {layer: {action: weight}}.
         """
         row, departure = table.get(last, {last + 1: 1}), min(0.5, DEPARTURES / self.n_layers)
-        total, priors = sum(row.values()), defaultdict(float)
+        actions, total, priors = (*self.window(last), self.stop), sum(row.values()), defaultdict(float)
         for usual, weight in row.items():
             priors[usual] += weight / total * (1 - departure)
-            for action, probability in departures(usual, (*self.window(last), self.stop), LOOP).items():
+            for action, probability in departures(usual, actions, LOOP).items():
                 priors[action] += weight / total * departure * probability
         priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
         return priors, [*priors], [*accumulate(priors.values())][:-1]  # rounded, the last might be below 1
@@ -158,7 +159,7 @@ class Search:
             if action is None:
                 node.closed = True
             else:
-                node = node.children.setdefault(action, Node())
+                node = node.children[action]
                 path.append(node)
                 prefix.append(action)
                 node.closed = action == self.stop or len(prefix) > self.limit
@@ -229,11 +230,10 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         if len(scores) != len(pending):
             raise ValueError(f"{len(scores)} scores for {len(pending)} chains from {list(next(iter(pending)))} on; "
                              "return one for each")
-        for chain, chain_score in zip(pending, scores):
+        for (chain, path), chain_score in zip(pending.items(), scores):
             state.record(chain, *split(chain, chain_score))
-        state.update_policy(pending)
-        for chain, path in pending.items():
             state.back_up(path, state.value[chain])
+        state.update_policy(pending)
         pending, misses = {}, 0
         while len(pending) < min(batch, simulations - len(state.value)):
             if state.root.closed or misses >= MISSES and (pending or allowed or not learn):
