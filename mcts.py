@@ -57,7 +57,7 @@ class Node:
     """A prefix of a chain or, after the action stop, a complete chain; closed: it leads to no new chain."""
 
     def __init__(self):
-        self.children, self.visits, self.total, self.closed = defaultdict(Node), 0, 0.0, False  # total: values backed up
+        self.children, self.visits, self.total, self.closed = defaultdict(Node), 0, 0.0, False  # total: of the values
 
     def bound(self, width):
         """The upper confidence bound Q + c * P * sqrt(N) / (1 + n), PUCT [2]; `width` is c * P * sqrt(N).
