@@ -182,8 +182,7 @@ class Sample:
       prompt, target: token ids of the prompt and of the correct answer after it.
       stop: set of ids that end an answer; None if it is complete by itself: an answer in a box, or the label of a
         choice unless another label begins with it.
-      fused: set of ids that spell the target's last token and a line break or, after a box, anything.
-      verify: the Verifier of this answer.
+      verify, fused: the Verifier of this answer, and its argument of that name.
     Raises ValueError if the tokenizer does not fit the model or cannot write the answer, or the prompt is too long.
     """
 
@@ -205,8 +204,7 @@ class Sample:
         boxed = self.problem.form is not None
         limit = max(32, len(self.target) + 1) if self.stop or boxed else len(self.target)
         last = {*self.tokenizer.breaks, *(self.tokenizer.braces if boxed else ())}
-        stop = self.tokenizer.stop if boxed else self.stop
-        text = self.read(self.model.generate(self.prompt, chain, limit, stop, last))
+        text = self.read(self.model.generate(self.prompt, chain, limit, self.tokenizer.stop, last))
         return text, data.exact_match(text, self.problem.answer)
 
     def read(self, ids):

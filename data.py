@@ -42,26 +42,15 @@ DATE = datetime(2024, 7, 26)  # given to chat templates as today, so that prompt
 
 @dataclass(frozen=True)
 class Problem:
-    """One sample.
-
-    Attributes:
-      id: its name in the dataset.
-      question: the text, including any choices.
-      answer: what the model has to write; for multiple choice a label such as "B".
-      choices: the labels to choose from; empty if the answer is free.
-      texts: what the labels stand for.
-      level: its difficulty, if the dataset has levels.
-      examples: worked examples to show before it, as Problems.
-      form: a prompt with {question} in it that asks for an answer in a box; None for the form above.
-    """
-    id: str
-    question: str
-    answer: str
-    choices: tuple = ()
-    texts: tuple = ()
-    level: int | None = None
-    examples: tuple = ()
-    form: str | None = None
+    """One sample."""
+    id: str  # its name in the dataset
+    question: str  # the text, including any choices
+    answer: str  # what the model has to write; for multiple choice a label such as "B"
+    choices: tuple = ()  # the labels to choose from; none if the answer is free
+    texts: tuple = ()  # what the labels stand for
+    level: int | None = None  # its difficulty, if the dataset has levels
+    examples: tuple = ()  # worked examples to show before it, as Problems
+    form: str | None = None  # a prompt with {question} in it that asks for an answer in a box; None: the form above
 
     @property
     def asked(self):
@@ -275,7 +264,6 @@ class Tokenizer:
         chat_template.jinja, generation_config.json and config.json if present.
       chat: whether to apply the chat template, if there is one.
     Attributes:
-      chat: whether it is applied.
       stop: set of ids that end an answer: end-of-text tokens, and line breaks preceded by white space only.
       breaks: {id: text before its line break} for every token with one; most vocabularies have some such as ")\\n".
       braces: set of ids of the tokens with a closing brace.

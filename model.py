@@ -90,14 +90,11 @@ class KVCache:
 
     A looped layer reads different hidden states each time it runs, so its keys and values differ too: slot i belongs to
     the i-th step of the chain, whichever layer runs there. One cache serves one chain.
-
-    Attributes:
-      length, chain: number of tokens held, and the chain that they went through; set by `Llama.hidden`.
-      slots: a pair (keys, values) for each step, each [B, key/value heads, length, head_dim].
     """
 
     def __init__(self):
-        self.length, self.chain, self.slots = 0, None, []
+        self.length, self.chain = 0, None  # number of tokens held, and the chain that they went through
+        self.slots = []  # (keys, values) of each step, each [B, key/value heads, length, head_dim]
 
     def append(self, step, k, v):
         """Adds the keys and values of new tokens to one slot; returns all that the slot then holds."""
@@ -408,9 +405,6 @@ class Verifier:
       cache_mb: megabytes (2 ** 20 bytes) of hidden states to keep for later calls; scores do not depend on it, except
         for rounding.
       fused: set of ids of tokens that are the answer's last token and a stop in one, such as ")\\n" for ")".
-    Attributes:
-      steps_asked: layer steps of all chains so far, as if each ran by itself.
-      steps_run: layer steps that were run.
     Raises ValueError for an empty prompt, a negative budget, or more tokens than the model has positions.
     """
 
@@ -431,7 +425,7 @@ class Verifier:
         self.rope = rope_table(model.config, 0, len(prompt) + len(answer), like=model.embed_tokens.weight)
         self.states = OrderedDict()  # {prefix: the hidden states after it}, the least recently used first
         self.capacity = cache_mb * 2 ** 20 // (self.tokens.numel() * model.embed_tokens.weight[0].nbytes)  # of `states`
-        self.steps_asked = self.steps_run = 0
+        self.steps_asked = self.steps_run = 0  # layer steps so far: as if each chain ran by itself, and those run
 
     def __call__(self, chains):
         """A list of chains to a list of bool: whether each is correct."""
