@@ -32,7 +32,7 @@ except KeyboardInterrupt:  # importing torch takes seconds
     sys.exit(130)
 
 THREADS = torch.get_num_threads()  # OMP_NUM_THREADS, or one per core
-TINY = Path(__file__).resolve().parent / "tiny"  # the embedded checkpoint
+TINY = Path(__file__).resolve().parent / "tiny"  # the included checkpoint
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +74,7 @@ def add_model_arguments(p):
     """The arguments of `load_checkpoint` and `Sample`, for cola.py and the scripts."""
     model = p.add_argument_group("model")
     model.add_argument("--model", default="tiny", metavar="NAME",
-                       help="a checkpoint folder, or an org/name on the hub (default: the embedded tiny)")
+                       help="a checkpoint folder, or an org/name on the hub (default: the included tiny)")
     model.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)")
     model.add_argument("--no-chat", action="store_true", help="prompt a chat model like a base model")
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -201,10 +201,9 @@ class Sample:
 
     def answer(self, chain):
         """The text that greedy decoding writes under a chain, and whether it is the correct answer."""
-        boxed = self.problem.form is not None
-        limit = max(32, len(self.target) + 1) if self.stop or boxed else len(self.target)
-        last = {*self.tokenizer.breaks, *(self.tokenizer.braces if boxed else ())}
-        text = self.read(self.model.generate(self.prompt, chain, limit, self.tokenizer.stop, last))
+        stop_after = self.tokenizer.breaks.keys() | (self.tokenizer.braces if self.problem.form else set())
+        limit = max(32, len(self.target) + 1) if self.stop or self.problem.form else len(self.target)
+        text = self.read(self.model.generate(self.prompt, chain, limit, self.tokenizer.stop, stop_after))
         return text, data.exact_match(text, self.problem.answer)
 
     def read(self, ids):

@@ -53,22 +53,22 @@ class Problem:
     form: str | None = None  # a prompt with {question} in it that asks for an answer in a box; None: the form above
 
     @property
-    def asked(self):
-        """The question in its form."""
+    def formatted(self):
+        """The question inside its prompt."""
         return (self.form or "Question: {question}\nAnswer:").replace("{question}", self.question)
 
     @property
     def prompt(self):
         """The text to continue, for base models."""
-        return "".join(f"{example.asked} {example.answer}\n\n" for example in self.examples) + self.asked
+        return "".join(f"{example.formatted} {example.answer}\n\n" for example in self.examples) + self.formatted
 
     @property
     def messages(self):
         """The conversation to continue, for chat models. They tend to explain, so it asks for the bare answer."""
         turns = []
         for problem in (*self.examples, self):
-            instruction = f"Answer with the {'letter of the right choice' if problem.choices else 'final answer'} only."
-            content = problem.asked if problem.form else f"{problem.question}\n{instruction}"
+            wanted = "letter of the right choice" if problem.choices else "final answer"
+            content = problem.formatted if problem.form else f"{problem.question}\nAnswer with the {wanted} only."
             turns += [{"role": "user", "content": content},
                       {"role": "assistant", "content": problem.answer}]
         return turns[:-1]
@@ -191,7 +191,8 @@ def read_jsonl(path):
                 if line.strip():
                     row = json.loads(line, parse_constant=lambda name: None)  # NaN and Infinity are no answers
                     json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate such as \ud83d
-                    problems.append(problem := read_row(row, f"{path}, line {number}", position=len(problems)))
+                    problem = read_row(row, f"{path}, line {number}", position=len(problems))
+                    problems.append(problem)
                     first, answer = answers.setdefault(problem.question, (number, problem.answer))
                     if problem.answer != answer:
                         raise ValueError(f"{path}, line {number}: line {first} answers the same question with "

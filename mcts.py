@@ -5,8 +5,8 @@ l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. App
 layer, a lower one loops, a higher one skips; stopping before the last layer is an early exit.
 
 The policy provides the tree's priors and the rollouts. It depends on the last layer only: a table of transitions
-counted in the elite, the most valuable chains so far. After a layer it does what elite chains do next or, now and then,
-something close to that.
+counted in the elite, the most valuable short chains so far. After a layer it does what elite chains do next or, now and
+then, something close to that.
 
 References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT (UCT with priors), Silver et al. 2016 (AlphaGo).
 CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours builds them layer by layer.
@@ -21,13 +21,13 @@ from heapq import nlargest
 from itertools import accumulate, pairwise
 from numbers import Real
 
-ELITE = 16  # chains in the elite
+ELITE = 16  # chains in the elite; results/search_ablation.md shows what this and the other constants are worth
 SHARPNESS = 3  # a transition counts as much as the worth of its chain to this power
 DEPARTURES = 1.0  # expected departures from the elite's transitions in n_layers steps
-LOOP = 0.3  # the share of departures that loop; the others skip or stop
+LOOP = 0.3  # share of departures to layers before the usual one (loops, if that is the next layer)
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
-MISSES = 1000  # walks without a new chain after which a batch is scored as it is or, if it has none, the tree given up
+MISSES = 1000  # walks without a new chain after which a batch is scored as it is
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Node:
         """The action with the highest bound, or None if all are closed. `priors` lists the most likely action first."""
         width, bounds = exploration * math.sqrt(self.visits), {}
         for action, prior in priors.items():
-            if action not in self.children:  # its n is 0; for lack of its own, Q is the mean value of this node
+            if action not in self.children:  # n is 0 and Q this node's mean (first-play urgency)
                 bounds[action] = self.total / self.visits + width * prior
                 break  # other untried actions have lower priors
         for action, child in self.children.items():
@@ -81,7 +81,7 @@ class Node:
 
 @cache
 def departures(usual, actions, loop):
-    """{action: probability} of a departure from the usual action, the closer the likelier; `loop`: of going back."""
+    """{action: probability} of a departure from the usual action, the closer the likelier; `loop`: of lower ones."""
     back = {action: 1 / (usual - action) for action in actions if action < usual}
     ahead = {action: 1 / (action - usual) for action in actions if action > usual}
     sides = [(back, loop if ahead else 1), (ahead, 1 - loop if back else 1)]
@@ -92,16 +92,16 @@ class Search:
     """The tree, the policy and the result of one search; arguments as for `search`. An action is a layer or `stop`.
 
     Attributes:
-      worth: {chain: its score or, if wrong, exp(promise)}, the geometric mean of the answer tokens' probabilities.
+      worth: {chain: its score or, if wrong, exp(promise)}, the geometric mean of the probabilities of its tokens.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
-      limit: the greatest depth to try: where a full score just beats the `highest` reward, if any (branch and bound).
-      elite: the ELITE chains of highest value and at most limit + 1 steps, the depth of the best one.
+      limit: the greatest depth to try: 2 * n_layers, or where a full score just beats `highest` (branch and bound).
+      elite: the ELITE chains of highest value, correct or wrong, among those of at most limit + 1 steps.
       policy: `policy_after` this elite, as a function of the last layer alone.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, learn, promise):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
-        self.learn, self.promise, self.rng, self.allowed = learn, promise, random.Random(seed), allowed
+        self.learn, self.use_promise, self.rng, self.allowed = learn, promise, random.Random(seed), allowed
         self.stop = n_layers  # as if it were the layer after the last, so it is likelier near the end
         self.result, self.root, self.value, self.worth = Result({}, n_layers, depth_penalty), Node(), {}, {}
         self.highest, self.limit, self.elite = -math.inf, 2 * n_layers, []
@@ -114,7 +114,7 @@ class Search:
     def record(self, chain, score, promise):
         """Adds a chain to the result; a new best chain lowers the limit."""
         self.result.evaluated[chain] = score
-        if promise is not None and self.promise:
+        if promise is not None and self.use_promise:
             self.result.promises[chain] = promise
         reward = self.result.reward(chain)
         self.worth[chain] = score or math.exp(self.result.promises.get(chain, -math.inf))
@@ -149,38 +149,37 @@ class Search:
             for action, probability in departures(usual, actions, LOOP).items():
                 priors[action] += weight / total * departure * probability
         priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
-        return priors, [*priors], [*accumulate(priors.values())][:-1]  # rounded, the last might be below 1
+        return priors, [*priors], [*accumulate(priors.values())][:-1]  # the last may be rounded to below 1
 
     def select_and_expand(self):
         """Walks down to a node of fewer than MATURE visits, maybe a new one: the nodes, and the actions after a -1."""
-        node, path, prefix = self.root, [self.root], [-1]
+        node, path, actions = self.root, [self.root], [-1]
         while self.learn and node.visits >= MATURE and not node.closed:
-            action = node.select(self.policy(prefix[-1])[0], self.exploration)
+            action = node.select(self.policy(actions[-1])[0], self.exploration)
             if action is None:
                 node.closed = True
             else:
                 node = node.children[action]
                 path.append(node)
-                prefix.append(action)
-                node.closed = action == self.stop or len(prefix) > self.limit
+                actions.append(action)
+                node.closed = action == self.stop or len(actions) > self.limit
         for node in path:
-            node.visits += 1  # already, although the value comes with the score: so that a batch spreads out
-        if node.closed and prefix[-1] != self.stop:
-            prefix.append(self.stop)  # at the limit a chain can only stop; below other closed nodes nothing is new
-        return path, prefix
+            node.visits += 1  # before the value is known, like a virtual loss: so that a batch spreads out
+        if node.closed and actions[-1] != self.stop:
+            actions.append(self.stop)  # at the limit a chain can only stop; below other closed nodes nothing is new
+        return path, actions
 
-    def roll_out(self, prefix, pending):
-        """Completes a prefix with the policy: a chain that is new, allowed and within the limit; None after TRIES."""
+    def roll_out(self, start, pending):
+        """Completes actions with the policy to a chain that is new, allowed and within the limit; None after TRIES."""
         for _ in range(TRIES):
-            steps = [*prefix]
-            while steps[-1] != self.stop and len(steps) <= self.limit + 1:
-                _, actions, cumulative = self.policy(steps[-1])
-                steps.append(actions[bisect(cumulative, self.rng.random())])
-            chain = tuple(steps[1:-1])
-            if (steps[-1] == self.stop and len(chain) <= self.limit and chain not in self.value
+            actions = [*start]
+            while actions[-1] != self.stop and len(actions) <= self.limit + 1:
+                _, choices, cumulative = self.policy(actions[-1])
+                actions.append(choices[bisect(cumulative, self.rng.random())])
+            chain = tuple(actions[1:-1])
+            if (actions[-1] == self.stop and len(chain) <= self.limit and chain not in self.value
                     and chain not in pending and self.allowed(chain)):
                 return chain
-        return None
 
     def back_up(self, path, value):
         for node in path:
@@ -207,13 +206,13 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       simulations: distinct chains to evaluate, the full-depth chain first; fewer if there are no more.
       seed: the same seed, batch and scores give the same result.
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
-      exploration: the constant c of the upper confidence bound; higher tries unlikely actions more often.
+      exploration: the constant c of the upper confidence bound; large, because the policy makes few actions likely.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back (1 repeats the last layer).
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
         is). If it allows few chains (about one in 1,000), the search may end before it finds them.
       batch: chains to score at a time.
-      learn: False is a control that draws chains around the full-depth chain, without a tree.
-      promise: False is a control that ignores promises.
+      learn, promise: False is a control that draws chains around the full-depth chain without a tree (cola.py's
+        `--search random`), or one that ignores promises (`--search blind`).
     Raises ValueError for a number out of range, and for scores that are malformed or not one for each chain.
     """
     max_skip = n_layers if max_skip is None else max_skip
@@ -224,8 +223,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
             raise ValueError(f"{name} must be {least} or more, not {value}")
     state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop,
                    allowed or (lambda chain: True), learn, promise)
-    pending = {tuple(range(n_layers)): []}  # {chain: the nodes on the way to it}, to be scored together
-    while pending:
+    pending = {tuple(range(n_layers)): []}  # {chain: the nodes on the way to it}; the first one is not in the tree
+    while pending:  # score a batch and back it up, then collect the next one
         scores = list(score([*pending]))
         if len(scores) != len(pending):
             raise ValueError(f"{len(scores)} scores for {len(pending)} chains from {list(next(iter(pending)))} on; "
@@ -236,12 +235,13 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         state.update_policy(pending)
         pending, misses = {}, 0
         while len(pending) < min(batch, simulations - len(state.value)):
+            # With an empty batch it goes on until the tree is closed, so as to miss no chain, unless few are allowed.
             if state.root.closed or misses >= MISSES and (pending or allowed or not learn):
                 if pending or state.limit == 2 * n_layers:
                     break
                 state.root, state.limit, misses = Node(), 2 * n_layers, 0  # nothing better is left: on to deeper chains
-            path, prefix = state.select_and_expand()
-            chain = state.roll_out(prefix, pending)
+            path, actions = state.select_and_expand()
+            chain = state.roll_out(actions, pending)
             if chain is not None:
                 pending[chain] = path
             else:

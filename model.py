@@ -351,20 +351,21 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden(tokens, chain, cache))
 
     @torch.inference_mode()
-    def generate(self, tokens, chain=None, max_new_tokens=32, stop=(), last=()):
+    def generate(self, tokens, chain=None, max_new_tokens=32, stop=(), stop_after=()):
         """Greedy decoding: a list of prompt ids to the list of new ids.
 
-        Ends before the first token in `stop`, after the first one in `last` (both are sets of ids, or None), and at
-        the model's last position. Raises ValueError as `forward` does.
+        Ends before the first token in `stop`, after the first in `stop_after` (each a set of ids or None), and at the
+        model's last position. Raises ValueError as `forward` does.
         """
-        cache, chain, new = KVCache(), None if chain is None else tuple(chain), []
+        cache, new = KVCache(), []
+        chain = None if chain is None else tuple(chain)  # an iterator would be empty after the first token
         unread = torch.tensor([tokens], device=self.lm_head.weight.device)  # the whole prompt (prefill)
         while len(new) < max_new_tokens:
             token = self.lm_head(self.hidden(unread, chain, cache)[0, -1]).argmax().item()
             if token in (stop or ()):
                 break
             new.append(token)
-            if token in (last or ()) or cache.length == self.config.max_position_embeddings:
+            if token in (stop_after or ()) or cache.length == self.config.max_position_embeddings:
                 break
             unread = unread.new_tensor([[token]])  # then one token at a time (decode)
         return new
@@ -436,7 +437,7 @@ class Verifier:
         """A list of chains to a list of (correct, promise).
 
         correct: whether greedy decoding writes the answer and stops. promise: the mean log-probability of the answer's
-        tokens and of a stop after them, if there must be one, in either form (`fused`); -inf where the logits overflow.
+        tokens and of a stop, if there must be one, by itself or fused with the last token; -inf if the logits overflow.
         Raises ValueError for a layer that the model does not have.
         """
         chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
@@ -444,26 +445,27 @@ class Verifier:
             return []
         hidden = self.run(chains)
         parts = torch.stack([*hidden.values()]).split(max(1, HEAD_ROWS // (self.positions.stop - self.positions.start)))
-        correct, promise = (torch.cat(part).tolist() for part in zip(*map(self.judge, parts)))
-        scores = dict(zip(hidden, zip(correct, promise)))
+        scores = dict(zip(hidden, (score for part in parts for score in self.judge(part))))
         return [scores[chain] for chain in chains]
 
     def judge(self, hidden):
-        """(correct, promise), each [chains], from the states at `positions`, [chains, len(positions), hidden_size]."""
+        """(correct, promise) of each chain, from the states at `positions`, [chains, len(positions), hidden_size]."""
         logits, n = self.model.lm_head(self.model.norm(hidden)).float(), len(self.answer)
-        total, greedy = logits.logsumexp(-1), logits.argmax(-1)  # [chains, len(positions)]
+        log_total, greedy = logits.logsumexp(-1), logits.argmax(-1)  # [chains, len(positions)]
         matches = greedy[:, :n] == self.answer  # [chains, n]
-        tokens = logits[:, range(n), self.answer] - total[:, :n]
+        log_tokens = logits[:, range(n), self.answer] - log_total[:, :n]
         # There are two ways to end: the last token and then a stop, or both fused in one token.
         stops, log_stop = True, 0
         if self.stop is not None:
-            stops, log_stop = torch.isin(greedy[:, n], self.stop), logits[:, n, self.stop].logsumexp(-1) - total[:, n]
+            stops = torch.isin(greedy[:, n], self.stop)
+            log_stop = logits[:, n, self.stop].logsumexp(-1) - log_total[:, n]
         fuses = torch.isin(greedy[:, n - 1], self.fused)
-        log_fused = logits[:, n - 1, self.fused].logsumexp(-1) - total[:, n - 1]
+        log_fused = logits[:, n - 1, self.fused].logsumexp(-1) - log_total[:, n - 1]
         correct = (matches.all(-1) & stops) | (matches[:, :-1].all(-1) & fuses)
-        promise = torch.logaddexp(tokens.sum(-1) + log_stop, tokens[:, :-1].sum(-1) + log_fused) / logits.shape[1]
+        log_answer = torch.logaddexp(log_tokens.sum(-1) + log_stop, log_tokens[:, :-1].sum(-1) + log_fused)
         # Logits that overflow give no promise; rounding may lift one above 0.
-        return correct, promise.nan_to_num(nan=-math.inf, neginf=-math.inf).clamp(max=0)
+        promise = (log_answer / logits.shape[1]).nan_to_num(nan=-math.inf, neginf=-math.inf).clamp(max=0)
+        return zip(correct.tolist(), promise.tolist())
 
     def run(self, chains):
         """{chain: the hidden states after it at `positions`, [len(positions), hidden_size]}."""
@@ -472,7 +474,8 @@ class Verifier:
         while pending := {chain: steps for chain, (steps, _) in progress.items() if steps < len(chain)}:
             # The lowest layer first: most chains climb, so those that lag catch up with those that wait.
             layer = min(chain[steps] for chain, steps in pending.items())
-            batch = {chain[:steps + 1]: progress[chain][1] for chain, steps in pending.items() if chain[steps] == layer}
+            ready = [(chain, steps + 1) for chain, steps in pending.items() if chain[steps] == layer]
+            batch = {chain[:end]: progress[chain][1] for chain, end in ready}
             outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(1)
             self.steps_run += len(batch)
             # Cloned, because a kept view would hold its whole batch in memory.
@@ -480,9 +483,8 @@ class Verifier:
             self.states |= after
             while len(self.states) > self.capacity:
                 self.states.popitem(last=False)
-            for chain, steps in pending.items():
-                if chain[steps] == layer:
-                    progress[chain] = steps + 1, after[chain[:steps + 1]]
+            for chain, end in ready:
+                progress[chain] = end, after[chain[:end]]
         return {chain: states[0, self.positions] for chain, (_, states) in progress.items()}
 
     def recall(self, chain):

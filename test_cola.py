@@ -365,7 +365,7 @@ def test_generation_ends_where_it_is_told_and_what_a_model_cannot_run_is_refused
     assert len(free) == 12 - 3 + 1 and model.generate([1, 2, 3], max_new_tokens=4) == free[:4]
     first = free.index(free[4])  # the last token needs no position of its own
     assert model.generate([1, 2, 3], max_new_tokens=100, stop={free[4]}) == free[:first]
-    assert model.generate([1, 2, 3], max_new_tokens=100, stop=None, last={free[4]}) == free[:first + 1]
+    assert model.generate([1, 2, 3], max_new_tokens=100, stop=None, stop_after={free[4]}) == free[:first + 1]
     for says, prompt, chain in [("layer -1", [1], [0, -1]), ("layer 5 .* 0 to 4", [1], [0, 5]), ("no tokens", [], [0]),
                                 ("13 tokens .* 12 positions", [1] * 13, [0])]:
         for run in (lambda: model.generate(prompt, chain), lambda: Verifier(model, prompt, [])([chain])):
@@ -950,8 +950,8 @@ def test_a_study_interrupted_and_resumed_equals_one_that_was_not(uninterrupted, 
     """Each line is on disk before the next sample begins. One that is torn is done again."""
     out, torn, sample = tmp_path / "a.jsonl", tmp_path / "torn.jsonl", cola.Sample
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(cola, "Sample", lambda *given: sample(*given) if len(lines_of(out)) < 2
-                      else os.kill(os.getpid(), 2))
+        interrupt = Mock(side_effect=KeyboardInterrupt)
+        patch.setattr(cola, "Sample", lambda *given: (sample if len(lines_of(out)) < 2 else interrupt)(*given))
         run_study(out)
     assert capsys.readouterr().err == "study: 2 of 12 samples are done; the same command goes on\n"
     assert len(lines_of(out)) == 2 and run_study(out) == lines_of(uninterrupted)

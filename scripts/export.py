@@ -161,7 +161,7 @@ def export(model, chain, out, revision=None, note=""):
 def parser():
     p = cola.Parser("python -m scripts.export", __doc__)
     p.add_argument("--model", default="tiny", metavar="NAME",
-                   help="a checkpoint's folder, or its org/name on the hub (default: the embedded tiny)")
+                   help="a checkpoint's folder, or its org/name on the hub (default: the included tiny)")
     p.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)")
     p.add_argument("--chain", required=True, metavar="LAYERS", help="the chain to write, such as 0-5,5,8-11")
     p.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, new or empty")

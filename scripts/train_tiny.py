@@ -1,4 +1,4 @@
-"""Trains the embedded checkpoint tiny/ from scratch, on the CPU: about three quarters of an hour.
+"""Trains the included checkpoint tiny/ from scratch, on the CPU: about three quarters of an hour.
 
     python -m scripts.train_tiny
     python -m scripts.train_tiny --layers 8 --limit 10 --steps 2000 --out runs/eight --state runs/8.safetensors
