@@ -8,6 +8,7 @@ Follows CoLa (arXiv 2507.07996): the layers of a pretrained LLM are modules that
 reordered for each input, without training. Layers are numbered from 0; a chain is written 0-5,5,8-11.
 """
 import argparse
+import math
 import os
 import re
 import sys
@@ -46,6 +47,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
+def at_least(least, number=int):
+    """The type of a numeric argument that must be `least` or more."""
+    def numeric(text):  # argparse names it if the text is not a number
+        if not least <= number(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
+        return number(text)
+    return numeric
+
+
 def parser():
     p = Parser("cola.py", __doc__, usage="%(prog)s --sample-id N [options]")
     sample = p.add_argument_group("sample")
@@ -81,7 +91,7 @@ def add_model_arguments(p):
     model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], metavar="NAME",
                        help="float32, bfloat16 or float16 (default: bfloat16 on cuda, float32 on cpu, where bfloat16 "
                             "is faster if the cpu has instructions for it)")
-    model.add_argument("--cache-mb", type=int, default=1024, metavar="N",
+    model.add_argument("--cache-mb", type=at_least(0), default=1024, metavar="N",
                        help="megabytes of hidden states to share between chains (default: %(default)s)")
 
 
@@ -91,17 +101,17 @@ def add_search_arguments(p):
     search.add_argument("--search", choices=["uct", "blind", "random"], default="uct", metavar="NAME",
                         help="uct, or a control: blind ignores how likely wrong chains make the answer, random draws "
                              "chains around the full-depth chain (default: uct)")
-    search.add_argument("--simulations", type=int, default=200, metavar="N",
+    search.add_argument("--simulations", type=at_least(1), default=200, metavar="N",
                         help="distinct chains to evaluate (default: %(default)s)")
-    search.add_argument("--depth-penalty", type=float, default=0.2, metavar="X",
+    search.add_argument("--depth-penalty", type=at_least(0, float), default=0.2, metavar="X",
                         help="what the full depth costs; a correct answer is worth 1 (default: %(default)s)")
-    search.add_argument("--exploration", type=float, default=8.0, metavar="C",
+    search.add_argument("--exploration", type=at_least(0, float), default=8.0, metavar="C",
                         help="constant c of the upper confidence bound (default: %(default)s)")
-    search.add_argument("--max-skip", type=int, metavar="N",
+    search.add_argument("--max-skip", type=at_least(0), metavar="N",
                         help="layers that a step may skip (default: any number)")
-    search.add_argument("--max-loop", type=int, default=4, metavar="N",
+    search.add_argument("--max-loop", type=at_least(0), default=4, metavar="N",
                         help="layers that a step may go back; 1 repeats the last (default: %(default)s)")
-    search.add_argument("--batch", type=int, default=8, metavar="N",
+    search.add_argument("--batch", type=at_least(1), default=8, metavar="N",
                         help="chains to verify at a time (default: %(default)s)")
     search.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
 
@@ -149,7 +159,7 @@ def runs(chain, joined):
 
 
 def draw(chain, n_layers):
-    """A chain as lines of text, of which each loop back begins one; "." is skipped there, "x" cut off at the end.
+    """A chain as lines of text; each loop back begins a new line. "." is skipped in its line, "x" cut off at the end.
 
         layers   0 1 2 3 4 5
         first    0 1 . 3
@@ -189,22 +199,23 @@ class Sample:
     def __init__(self, model, tokenizer, problem, cache_mb=1024):
         self.model, self.tokenizer, self.problem = model, tokenizer, problem
         self.prompt, self.target = tokenizer.encode(problem)
-        if max(self.prompt + self.target) >= model.config.vocab_size:
+        if max(self.prompt + self.target, default=0) >= model.config.vocab_size:
             raise ValueError("the tokenizer has more tokens than the model; fetch the checkpoint again")
         if not data.exact_match(written := tokenizer.decode(self.target), problem.answer):  # unknown characters, say
             raise ValueError(f"the tokenizer cannot write the answer {problem.answer!r} of sample {problem.id}, only "
                              f"{written!r}; leave this sample out")
         complete = [label for label in problem.choices if label.startswith(problem.answer)] == [problem.answer]
         self.stop = None if complete or problem.form else tokenizer.stop
-        self.fused = tokenizer.closing(self.target) if problem.form else tokenizer.fused(self.target[-1])
+        self.fused = tokenizer.closing(self.target) if problem.form else tokenizer.fused(self.target)
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb, self.fused)
 
     def answer(self, chain):
         """The text that greedy decoding writes under a chain, and whether it is the correct answer."""
         stop_after = self.tokenizer.breaks.keys() | (self.tokenizer.braces if self.problem.form else set())
         limit = max(32, len(self.target) + 1) if self.stop or self.problem.form else len(self.target)
-        text = self.read(self.model.generate(self.prompt, chain, limit, self.tokenizer.stop, stop_after))
-        return text, data.exact_match(text, self.problem.answer)
+        ids = self.model.generate(self.prompt, chain, limit, self.tokenizer.stop, stop_after)
+        ends, text = not self.stop or len(ids) < limit or ids[-1] in stop_after, self.read(ids)
+        return text, ends and data.exact_match(text, self.problem.answer)
 
     def read(self, ids):
         """The answer that generated ids spell: their text up to a line break or, of a box, its closing brace."""
@@ -298,7 +309,7 @@ def one_line(error):
         return "the device has too little memory; use a smaller model, --cache-mb or --batch, or another --device"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; give another path"
-    if isinstance(error, (ValueError, OSError)):  # huggingface_hub's say what to do
+    if isinstance(error, (ValueError, OSError)):  # those of huggingface_hub say what to do, too
         return text
     return f"the hub cannot be reached ({text}); try again later" if isinstance(error, HTTPError) else None
 

@@ -268,7 +268,7 @@ class Tokenizer:
       stop: set of ids that end an answer: end-of-text tokens, and line breaks preceded by white space only.
       breaks: {id: text before its line break} for every token with one; most vocabularies have some such as ")\\n".
       braces: set of ids of the tokens with a closing brace.
-    Raises ValueError, or OSError for a missing file, with one line that says what to do.
+    Raises ValueError with one line that says what to do.
     """
 
     def __init__(self, folder, chat=True):
@@ -302,11 +302,14 @@ class Tokenizer:
         self.breaks = {i: text.partition("\n")[0].rstrip() for i, text in self.texts.items() if "\n" in text}
         self.braces = {i for i, text in self.texts.items() if "}" in text}
         self.stop = {i for i, before in self.breaks.items() if not before}
-        self.stop |= {i for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
+        self.stop |= {int(i) for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
 
-    def encode_text(self, text):
+    def encode_text(self, text, special=True):
         """Ids of a text. A rendered chat contains its special tokens; to other text, tokenizer.json adds its own."""
-        return self.tokenizer.encode(text, add_special_tokens=not self.chat).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=special and not self.chat).ids
+        except Exception as error:  # it has no token for part of the text, say
+            raise ValueError(f"the tokenizer cannot encode {text!r:.60} ({error}); use another checkpoint") from None
 
     def encode(self, problem):
         """Ids of a problem's prompt, and of its answer as a continuation of the prompt."""
@@ -318,12 +321,14 @@ class Tokenizer:
             answer = before + answer if before.isspace() else answer  # some templates put a space before each answer
         ids, both = self.encode_text(prompt), self.encode_text(prompt + answer)
         if both[:len(ids)] != ids:  # a token spans the boundary
-            both = ids + self.tokenizer.encode(answer, add_special_tokens=False).ids
+            both = ids + self.encode_text(answer, special=False)
         return ids, both[len(ids):]
 
-    def fused(self, token):
-        """The tokens that spell this one and a line break, such as ")\\n" for ")"."""
-        return {i for i, before in self.breaks.items() if before and before == self.texts[token].rstrip()}
+    def fused(self, ids):
+        """The tokens that may end this text in place of the last one, with a line break, such as ")\\n" for ")"."""
+        text, before = self.decode(ids).rstrip(), ids[:-1]
+        return {i for i, start in self.breaks.items()
+                if start and self.decode([*before, i]).partition("\n")[0].rstrip() == text}
 
     def closing(self, ids):
         """The other tokens that may end this text in place of the last one, such as "}$" for "}"."""

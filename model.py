@@ -48,6 +48,9 @@ class Config:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2 or not self.head_dim:
+            raise ValueError(f"{self.num_attention_heads} query heads, {self.num_key_value_heads} key/value heads and "
+                             f"head_dim {self.head_dim} do not fit together")
 
     @classmethod
     def from_json(cls, path):
@@ -70,7 +73,7 @@ class Config:
             for entry, value in values.items():
                 types = (int, float) if entry.type is float else (entry.type,)  # JSON may say 1 for 1.0
                 absent = entry.type is int and value == entry.default  # some configs write 0 for what is absent
-                if type(value) not in types or int in types and not (absent or 0 < value < 2 ** 31):
+                if type(value) not in types or int in types and not (absent or 0 < value < 2 ** 24):
                     raise ValueError(f"{entry.name} {value!r} has the wrong type or is out of range")
             config = cls(**{entry.name: value for entry, value in values.items()})
             if not rope_table(config, 0, 1, torch.empty(0))[0].isfinite().all():
@@ -80,7 +83,7 @@ class Config:
             if window and raw.get("use_sliding_window", True):
                 config.max_position_embeddings = min(config.max_position_embeddings, window)
             return config
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not describe a supported decoder ({error}); use another checkpoint, or "
                              "fetch it again") from None
 
@@ -213,7 +216,7 @@ class Experts(nn.Module):
         super().__init__()
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         size, n_experts = config.hidden_size, len(tensors["mlp.gate.weight"])
-        if not 1 <= self.top_k <= n_experts:
+        if not 1 <= self.top_k <= n_experts <= len(tensors):
             raise ValueError(f"config.json asks for {self.top_k} of {n_experts} experts; fetch the checkpoint again")
         self.gate = Linear(size, n_experts, bias=False)
         self.experts = nn.ModuleList(MLP(size, config.moe_intermediate_size or config.intermediate_size)
@@ -301,7 +304,7 @@ class Llama(nn.Module):
         config = Config.from_json(path / "config.json")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         try:
-            weights = {name.removeprefix("model."): nn.Parameter(tensor, requires_grad=False)  # memory-mapped as yet
+            weights = {name.removeprefix("model."): nn.Parameter(tensor, requires_grad=False)  # still memory-mapped
                        for file in weight_files(path) for name, tensor in load_file(file).items()
                        if not name.endswith("rotary_emb.inv_freq")}  # in old checkpoints; follows from the config
             if config.num_hidden_layers > len(weights):
@@ -405,19 +408,17 @@ class Verifier:
       stop: set of ids, one of which must follow the answer; None if the answer is complete without one.
       cache_mb: megabytes (2 ** 20 bytes) of hidden states to keep for later calls; scores do not depend on it, except
         for rounding.
-      fused: set of ids of tokens that are the answer's last token and a stop in one, such as ")\\n" for ")".
-    Raises ValueError for an empty prompt, a negative budget, or more tokens than the model has positions.
+      fused: set of ids of tokens that spell the answer's last token and a stop, such as ")\\n" for ")".
+    Raises ValueError for an empty prompt, or more tokens than the model has positions.
     """
 
     def __init__(self, model, prompt, answer, stop=None, cache_mb=1024, fused=()):
         if not len(prompt):
             raise ValueError("the prompt has no tokens; give it at least one")
-        if cache_mb < 0:
-            raise ValueError(f"cache_mb must be 0 or more, not {cache_mb}")
         to_ids = partial(torch.tensor, dtype=torch.long, device=model.lm_head.weight.device)
         self.model = model
         # A tokenizer, or its settings, may know ids that the model does not; it never writes those.
-        stops, fused = [[i for i in ids or () if i < model.config.vocab_size] for ids in (stop, fused)]
+        stops, fused = [[i for i in ids or () if 0 <= i < model.config.vocab_size] for ids in (stop, fused)]
         self.answer, self.stop, self.fused = to_ids(answer), None if stop is None else to_ids(stops), to_ids(fused)
         # The positions whose logits predict the answer and, if there is to be one, the stop after it.
         count = len(answer) if stop is None else len(answer) + 1
@@ -481,7 +482,7 @@ class Verifier:
             # Cloned, because a kept view would hold its whole batch in memory.
             after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
             self.states |= after
-            while len(self.states) > self.capacity:
+            while len(self.states) > max(0, self.capacity):
                 self.states.popitem(last=False)
             for chain, end in ready:
                 progress[chain] = end, after[chain[:end]]
@@ -524,9 +525,14 @@ def fetch(path_or_repo, revision=None):
 
 
 def weight_files(path):
-    """The checkpoint's safetensors files: the single one or, without it, the numbered ones."""
-    single = path / "model.safetensors"
-    files = [single] if single.is_file() else sorted(path.glob("model-*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{single} is missing; a checkpoint needs its weights as safetensors")
-    return files
+    """The checkpoint's safetensors files: the single one or, without it, those that the index names."""
+    names, index = ["model.safetensors"], path / "model.safetensors.index.json"
+    if not (path / names[0]).is_file() and index.is_file():
+        try:
+            names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{index} is not an index of weights ({error!r}); fetch the checkpoint again") from None
+    for name in names:
+        if Path(str(name)).name != name or not (path / name).is_file():
+            raise FileNotFoundError(f"{path / str(name)} is missing; a checkpoint needs its weights as safetensors")
+    return [path / name for name in names]

@@ -34,7 +34,6 @@ from tqdm import tqdm
 import data
 import mcts
 from model import Verifier, fetch
-from scripts import common
 
 try:
     import transformers
@@ -224,7 +223,7 @@ def parser():
                        help="a checkpoint to measure besides tiny")
     bench.add_argument("--arc", default="arc-easy", metavar="NAME",
                        help="a dataset for it besides arithmetic-1 (default: %(default)s)")
-    bench.add_argument("--subset", type=common.at_least(1), default=32, metavar="N",
+    bench.add_argument("--subset", type=cola.at_least(1), default=32, metavar="N",
                        help="chains a sample for (a), (b) and (c) (default: %(default)s)")
     return p
 

@@ -1,5 +1,4 @@
 """What several scripts share: their arguments, intervals for their tables, and the lines of a study."""
-import argparse
 import glob
 import gzip
 import json
@@ -19,15 +18,6 @@ def parser(name, doc, usage="%(prog)s [options]"):
     cola.add_model_arguments(p)
     cola.add_search_arguments(p)
     return p
-
-
-def at_least(least):
-    """The type of an argument that must be a whole number, `least` or more."""
-    def integer(text):  # argparse names it if the text is not a number
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
-        return int(text)
-    return integer
 
 
 def parse_samples(text, count):

@@ -86,9 +86,9 @@ def parser():
     table.add_argument("--only", nargs="+", metavar="ROW", help="rows of the table to make, by their names in it")
     table.add_argument("--samples", metavar="FIRST:END",
                        help="samples to search (default: the first 250)")
-    table.add_argument("--simulations", type=common.at_least(1), nargs="+", default=[50, 200], metavar="N",
+    table.add_argument("--simulations", type=cola.at_least(1), nargs="+", default=[50, 200], metavar="N",
                        help="distinct chains a sample, one or several budgets (default: 50 200)")
-    table.add_argument("--seeds", type=common.at_least(1), default=1, metavar="N",
+    table.add_argument("--seeds", type=cola.at_least(1), default=1, metavar="N",
                        help="searches of each sample (default: %(default)s)")
     table.add_argument("--no-decoy", action="store_true", help="leave the decoys out")
     return p

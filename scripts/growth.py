@@ -15,14 +15,13 @@ from tqdm import tqdm
 
 import mcts
 from model import Config, Llama, Verifier
-from scripts import common
 
 LENGTHS, DEPTHS, SIMULATIONS = (16, 32, 64, 128, 256, 512), (8, 16, 32, 64), (50, 200, 800, 3200)
 
 
 def parser():
     p = cola.Parser("python -m scripts.growth", __doc__)
-    p.add_argument("--repeats", type=common.at_least(1), default=3, metavar="N",
+    p.add_argument("--repeats", type=cola.at_least(1), default=3, metavar="N",
                    help="searches for each figure (default: %(default)s)")
     return p
 

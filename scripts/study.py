@@ -40,7 +40,7 @@ def parser():
     study.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON Lines, such as runs/arc.jsonl")
     study.add_argument("--no-decoy", action="store_true", help="leave this control out")
     study.add_argument("--polar", action="store_true", help="search only chains that PoLar's training data can hold")
-    study.add_argument("--reorder", type=common.at_least(0), default=3, metavar="K",
+    study.add_argument("--reorder", type=cola.at_least(0), default=3, metavar="K",
                        help="other orders, or problems, to try the best chain on (default: %(default)s)")
     return p
 

@@ -20,7 +20,6 @@ from tqdm import trange
 
 import data
 from model import Config, Llama
-from scripts import common
 
 LENGTHS = (2, 3, 4, 5)  # how many numbers; levels 1 to 3 lie inside, levels 4 and 5 beyond
 CYCLES = (5 / 7, 1)  # shares of the steps at which the learning rate has come down to zero
@@ -134,13 +133,13 @@ def parser():
                    help="where to write the checkpoint (default: %(default)s)")
     p.add_argument("--state", type=Path, default=Path("runs/train_tiny.safetensors"), metavar="FILE",
                    help="where to go on from (default: %(default)s)")
-    p.add_argument("--layers", type=common.at_least(1), default=12, metavar="N",
+    p.add_argument("--layers", type=cola.at_least(1), default=12, metavar="N",
                    help="of the model (default: %(default)s)")
-    p.add_argument("--limit", type=common.at_least(10), default=data.NUMBERS_BELOW, metavar="N",
+    p.add_argument("--limit", type=cola.at_least(10), default=data.NUMBERS_BELOW, metavar="N",
                    help="numbers are below it (default: %(default)s)")
-    p.add_argument("--steps", type=common.at_least(1), default=7000, metavar="N",
+    p.add_argument("--steps", type=cola.at_least(1), default=7000, metavar="N",
                    help="to train (default: %(default)s)")
-    p.add_argument("--batch", type=common.at_least(1), default=256, metavar="N",
+    p.add_argument("--batch", type=cola.at_least(1), default=256, metavar="N",
                    help="problems a step (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and sums (default: %(default)s)")
     return p
