@@ -67,7 +67,7 @@ class Config:
                                     ("rope_type", ROPE_TYPES), ("partial_rotary_factor", [1]),
                                     ("quantization_config", [None])]:
                 if raw.get(name) not in supported:
-                    raise ValueError(f"{name} {raw.get(name)!r} is not supported, only {', '.join(map(str, supported))}")
+                    raise ValueError(f"{name} {raw.get(name)!r} is not supported, only {[*supported]}")
             values = {entry: raw[entry.name] for entry in fields(cls) if raw.get(entry.name) is not None}
             for entry, value in values.items():
                 types = (int, float) if entry.type is float else (entry.type,)  # JSON may say 1 for 1.0
