@@ -111,8 +111,13 @@ class Search:
         """The layers that may be appended after the layer `last` (-1 at the beginning); last + 1 is among them."""
         return range(max(0, last + 1 - self.max_loop), min(self.n_layers, last + 2 + self.max_skip))
 
-    def record(self, chain, score, promise):
-        """Adds a chain to the result; a new best chain lowers the limit."""
+    def record(self, chain, score):
+        """Adds a chain with its score, a number or a pair with its promise; a new best chain lowers the limit."""
+        score, promise = score if isinstance(score, (tuple, list)) and len(score) == 2 else (score, None)
+        if not (isinstance(score, Real) and 0 <= score <= 1  # false for NaN
+                and (promise is None or isinstance(promise, Real) and promise <= 0)):
+            raise ValueError(f"the score of chain {list(chain)} is {score!r}, its promise {promise!r}; return a number "
+                             "in [0, 1], or it and a number of at most 0")
         self.result.evaluated[chain] = score
         if promise is not None and self.use_promise:
             self.result.promises[chain] = promise
@@ -186,16 +191,6 @@ class Search:
             node.total += value
 
 
-def split(chain, score):
-    """A score as (number, promise or None), or ValueError."""
-    match score:
-        case (Real() as number, Real() as promise) if 0 <= number <= 1 and promise <= 0:
-            return number, promise
-        case Real() if 0 <= score <= 1:  # false for NaN
-            return score, None
-    raise ValueError(f"the score of chain {list(chain)} is {score!r}; return a number in [0, 1], or it and a promise")
-
-
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
            allowed=None, batch=8, learn=True, promise=True):
     """Searches for a chain of high reward, at most 2 * n_layers deep; returns a Result.
@@ -230,7 +225,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
             raise ValueError(f"{len(scores)} scores for {len(pending)} chains from {list(next(iter(pending)))} on; "
                              "return one for each")
         for (chain, path), chain_score in zip(pending.items(), scores):
-            state.record(chain, *split(chain, chain_score))
+            state.record(chain, chain_score)
             state.back_up(path, state.value[chain])
         state.update_policy(pending)
         pending, misses = {}, 0
