@@ -214,8 +214,9 @@ class Sample:
         stop_after = self.tokenizer.breaks.keys() | (self.tokenizer.braces if self.problem.form else set())
         limit = max(32, len(self.target) + 1) if self.stop or self.problem.form else len(self.target)
         ids = self.model.generate(self.prompt, chain, limit, self.tokenizer.stop, stop_after)
-        ends, text = not self.stop or len(ids) < limit or ids[-1] in stop_after, self.read(ids)
-        return text, ends and data.exact_match(text, self.problem.answer)
+        ended = not self.stop or len(ids) < limit or ids[-1] in stop_after
+        text = self.read(ids)
+        return text, ended and data.exact_match(text, self.problem.answer)
 
     def read(self, ids):
         """The answer that generated ids spell: their text up to a line break or, of a box, its closing brace."""
