@@ -496,6 +496,8 @@ class Verifier:
         return 0, self.model.embed_tokens(self.tokens)
 
 
+# Devices and checkpoints.
+
 def find_device(name=None):
     """The torch.device of that name, by default the GPU if there is one. Raises ValueError if it is unavailable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
