@@ -319,7 +319,7 @@ def exit_on_error(program, command, *arguments):
     """Runs a command; bad input ends in one line on stderr and exit code 2."""
     try:
         command(*arguments)
-        sys.stdout.flush()  # so that a closed pipe is noticed here
+        print(end="", flush=True)  # so that a closed pipe is noticed here
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
