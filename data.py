@@ -226,10 +226,11 @@ def read_row(row, where, position):
         answer = row.get("answer")
         if isinstance(answer, str) and "####" in answer:  # GSM8K: the solution, then "#### 1,234"
             answer = answer.rpartition("####")[2].replace(",", "")
-    if type(answer) not in (str, int, float) or len(str(answer).strip().splitlines()) != 1:
+    text = str(answer).strip()
+    if type(answer) not in (str, int, float) or not text or "\n" in text:
         raise ValueError(f'{where}: no answer of one line; a row needs it under "answer", or "answerKey" with choices')
-    return Problem(str(row.get("id", row.get("unique_id", position))), question, str(answer).strip(), choices,
-                   texts, row.get("level"))
+    return Problem(str(row.get("id", row.get("unique_id", position))), question, text, choices, texts,
+                   row.get("level"))
 
 
 # The hub's dataset viewer serves every dataset as JSON, whatever its format.
@@ -247,7 +248,7 @@ def fetch_rows(repo, config, split):
             response = get_session().get(f"{viewer}/rows", params=query, headers=build_hf_headers(), timeout=30)
             hf_raise_for_status(response)
             page = response.json()
-            if not page["rows"]:
+            if not page.get("rows"):
                 raise ValueError(f"{viewer} did not send the rows of {repo} that it was asked for; try again later")
             rows += [row["row"] for row in page["rows"]]
             total = bar.total = page["num_rows_total"]

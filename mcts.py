@@ -230,7 +230,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         state.update_policy(pending)
         pending, misses = {}, 0
         while len(pending) < min(batch, simulations - len(state.value)):
-            # With an empty batch it goes on until the tree is closed, so as to miss no chain, unless few are allowed.
+            # An empty batch goes on until the tree is closed, so that no chain is missed; `allowed` may prevent that.
             if state.root.closed or misses >= MISSES and (pending or allowed or not learn):
                 if pending or state.limit == 2 * n_layers:
                     break

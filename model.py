@@ -425,7 +425,8 @@ class Verifier:
         self.tokens = to_ids([[*prompt, *answer]])  # [1, T]
         self.rope = rope_table(model.config, 0, len(prompt) + len(answer), like=model.embed_tokens.weight)
         self.states = OrderedDict()  # {prefix: the hidden states after it}, the least recently used first
-        self.capacity = cache_mb * 2 ** 20 // (self.tokens.numel() * model.embed_tokens.weight[0].nbytes)  # of `states`
+        state_bytes = self.tokens.numel() * model.embed_tokens.weight[0].nbytes
+        self.capacity = max(0, cache_mb) * 2 ** 20 // state_bytes  # of `states`
         self.steps_asked = self.steps_run = 0  # layer steps so far: as if each chain ran by itself, and those run
 
     def __call__(self, chains):
@@ -481,7 +482,7 @@ class Verifier:
             # Cloned, because a kept view would hold its whole batch in memory.
             after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
             self.states |= after
-            while len(self.states) > max(0, self.capacity):
+            while len(self.states) > self.capacity:
                 self.states.popitem(last=False)
             for chain, end in ready:
                 progress[chain] = end, after[chain[:end]]
@@ -522,7 +523,7 @@ def fetch(path_or_repo, revision=None):
     # Patterns that begin with "*" would match copies of the weights in sub-folders and in other layouts.
     return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=[
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "chat_template.jinja", "model.safetensors.index.json", "model.safetensors", "model-*.safetensors"]))
+        "chat_template.jinja", "model.safetensors.index.json", "model*.safetensors"]))
 
 
 def weight_files(path):

@@ -142,9 +142,9 @@ def read_done(out, own, settings):
       out: the file given, beside which those of the ranks stand.
       own: the one that this process will append to; what another run left torn at its end is cut off.
     """
-    if own.exists() and not own.is_file():
-        raise ValueError(f"{own} is not a file; give another --out")
     if own.exists():
+        if not own.is_file():
+            raise ValueError(f"{own} is not a file; give another --out")
         with open(own, "r+b") as file:
             content = file.read()
             whole = content.rfind(b"\n") + 1
