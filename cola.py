@@ -99,7 +99,7 @@ def add_search_arguments(p):
     """The arguments of `search`, for cola.py and the scripts."""
     search = p.add_argument_group("search")
     search.add_argument("--search", choices=["uct", "blind", "random"], default="uct", metavar="NAME",
-                        help="uct, or a control: blind ignores how likely wrong chains make the answer, random draws "
+                        help="uct, or a control: blind ignores how likely chains make the answer, random draws "
                              "chains around the full-depth chain (default: uct)")
     search.add_argument("--simulations", type=at_least(1), default=200, metavar="N",
                         help="distinct chains to evaluate (default: %(default)s)")
@@ -250,11 +250,12 @@ def say_chain(chain, n_layers):
     say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
 
 
-def search(args, score, n_layers, seed, **options):
-    """`mcts.search` with the settings that the arguments give."""
+def search(args, score, n_layers, seed, departures=None, **options):
+    """`mcts.search` with the settings that the arguments give; departures: a function that returns the weights."""
     return mcts.search(score, n_layers, simulations=args.simulations, seed=seed, depth_penalty=args.depth_penalty,
                        exploration=args.exploration, max_skip=args.max_skip, max_loop=args.max_loop, batch=args.batch,
-                       learn=args.search != "random", promise=args.search == "uct", **options)
+                       learn=args.search != "random", promise=args.search == "uct",
+                       departures=departures() if departures and args.search == "uct" else None, **options)
 
 
 def search_chain(args, sample):
@@ -265,7 +266,7 @@ def search_chain(args, sample):
             scores = sample.verify.score(chains)
             bar.update(len(chains))
             return scores
-        result = search(args, score, n_layers, args.seed)
+        result = search(args, score, n_layers, args.seed, sample.verify.departures)
     seconds = time.perf_counter() - start
     correct = result.correct()
     say("search", f"{len(result.evaluated)} chains evaluated, {len(correct)} correct, in {seconds:.2f} s, "

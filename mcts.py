@@ -5,8 +5,8 @@ l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. App
 layer, a lower one loops, a higher one skips; stopping before the last layer is an early exit.
 
 The policy provides the tree's priors and the rollouts. It depends on the last layer only: a table of transitions
-counted in the elite, the most valuable short chains so far. After a layer it does what elite chains do next or, now and
-then, something close to that.
+counted in the elite, the most valuable short chains so far. After a layer it does what elite chains do next; now and
+then, about once in n_layers steps, it departs from that to an action drawn by the weights `departures`.
 
 References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT (UCT with priors), Silver et al. 2016 (AlphaGo).
 CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours builds them layer by layer.
@@ -23,8 +23,6 @@ from numbers import Real
 
 ELITE = 16  # chains in the elite; results/search_ablation.md shows what this and the other constants are worth
 SHARPNESS = 3  # a transition counts as much as the worth of its chain to this power
-DEPARTURES = 1.0  # expected departures from the elite's transitions in n_layers steps
-LOOP = 0.3  # share of departures to layers before the usual one (loops, if that is the next layer)
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
 MISSES = 1000  # walks without a new chain after which a batch is scored as it is
@@ -79,31 +77,31 @@ class Node:
         return max(bounds, key=bounds.get, default=None)
 
 
-@cache
-def departures(usual, actions, loop):
-    """{action: probability} of a departure from the usual action, the closer the likelier; `loop`: of lower ones."""
-    back = {action: 1 / (usual - action) for action in actions if action < usual}
-    ahead = {action: 1 / (action - usual) for action in actions if action > usual}
-    sides = [(back, loop if ahead else 1), (ahead, 1 - loop if back else 1)]
-    return {action: share * weight / sum(side.values()) for side, share in sides for action, weight in side.items()}
-
-
 class Search:
     """The tree, the policy and the result of one search; arguments as for `search`. An action is a layer or `stop`.
 
     Attributes:
-      worth: {chain: its score or, if wrong, exp(promise)}, the geometric mean of the probabilities of its tokens.
+      worth: {chain: its score or, if 0, exp(promise)}, the geometric mean of the answer's token probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
       limit: the greatest depth to try: 2 * n_layers, or where a full score just beats `highest` (branch and bound).
       elite: the ELITE chains of highest value, correct or wrong, among those of at most limit + 1 steps.
       policy: `policy_after` this elite, as a function of the last layer alone.
+      departures: the argument, scaled so that a walk along the full-depth chain departs from it about once.
     """
 
-    def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, learn, promise):
+    def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, departures, learn,
+                 promise):
         self.n_layers, self.exploration, self.max_skip, self.max_loop = n_layers, exploration, max_skip, max_loop
         self.learn, self.use_promise, self.rng, self.allowed = learn, promise, random.Random(seed), allowed
         self.stop = n_layers  # as if it were the layer after the last, so it is likelier near the end
         self.result, self.root, self.value, self.worth = Result({}, n_layers, depth_penalty), Node(), {}, {}
+        actions = range(n_layers + 1)
+        others = [[j for j in (*self.window(i - 1), self.stop) if j != i] for i in actions]  # where to depart from i to
+        if departures is None:
+            near = [[(1 if i < j else 0.5) / max(1, abs(i - j)) for j in actions] for i in actions]
+            departures = [[weight / (sum(near[i][j] for j in others[i]) or 1) for weight in near[i]] for i in actions]
+        total = sum(departures[i][j] for i in actions for j in others[i])
+        self.departures = [[weight / total for weight in row] for row in departures]
         self.highest, self.limit, self.elite = -math.inf, 2 * n_layers, []
         self.policy = cache(partial(self.policy_after, {}))  # no elite yet: every layer once, with departures
 
@@ -147,12 +145,14 @@ class Search:
 
         table: the elite's transitions, {layer: {action: weight}}.
         """
-        row, departure = table.get(last, {last + 1: 1}), min(0.5, DEPARTURES / self.n_layers)
-        actions, total, priors = (*self.window(last), self.stop), sum(row.values()), defaultdict(float)
+        row, actions, priors = table.get(last, {last + 1: 1}), (*self.window(last), self.stop), defaultdict(float)
+        total = sum(row.values())
         for usual, weight in row.items():
-            priors[usual] += weight / total * (1 - departure)
-            for action, probability in departures(usual, actions, LOOP).items():
-                priors[action] += weight / total * departure * probability
+            odds = {action: self.departures[usual][action] for action in actions if action != usual}
+            departure = sum(odds.values())  # reduced to 1/2 if it is more
+            priors[usual] += weight / total * max(0.5, 1 - departure)
+            for action, probability in odds.items():
+                priors[action] += weight / total * probability / max(1, 2 * departure)
         priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
         return priors, [*priors], [*accumulate(priors.values())][:-1]  # the last may be rounded to below 1
 
@@ -192,22 +192,25 @@ class Search:
 
 
 def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
-           allowed=None, batch=8, learn=True, promise=True):
+           allowed=None, departures=None, batch=8, learn=True, promise=True):
     """Searches for a chain of high reward, at most 2 * n_layers deep; returns a Result.
 
     Args:
       score: callable, a list of chains (tuples of layer indices) to a list of numbers in [0, 1] (a bool is one), or of
         pairs of such a number and a promise, the mean log-probability of the correct answer's tokens.
       simulations: distinct chains to evaluate, the full-depth chain first; fewer if there are no more.
-      seed: the same seed, batch and scores give the same result.
+      seed: the same seed, batch, scores and departures give the same result.
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
       exploration: the constant c of the upper confidence bound; large, because the policy makes few actions likely.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back (1 repeats the last layer).
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
         is). If it allows few chains (about one in 1,000), the search may end before it finds them.
+      departures: weights such as those of `Verifier.departures`, [n_layers + 1][n_layers + 1]: [i][j] for taking action
+        j where an elite chain takes i (n_layers: stop). Only their ratios matter. None: each i
+        departs equally often, and j weighs 1 / |i - j|, half that if j < i.
       batch: chains to score at a time.
-      learn, promise: False is a control that draws chains around the full-depth chain without a tree (cola.py's
-        `--search random`), or one that ignores promises (`--search blind`).
+      learn, promise: False is a control that draws chains around the full-depth chain without a tree, or one that
+        ignores promises; cola.py's `--search random` and `--search blind`, which pass no `departures` either.
     Raises ValueError for a number out of range, and for scores that are malformed or not one for each chain.
     """
     max_skip = n_layers if max_skip is None else max_skip
@@ -217,7 +220,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         if not least <= value < math.inf:
             raise ValueError(f"{name} must be {least} or more, not {value}")
     state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop,
-                   allowed or (lambda chain: True), learn, promise)
+                   allowed or (lambda chain: True), departures, learn, promise)
     pending = {tuple(range(n_layers)): []}  # {chain: the nodes on the way to it}; the first one is not in the tree
     while pending:  # score a batch and back it up, then collect the next one
         scores = list(score([*pending]))
@@ -231,7 +234,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         pending, misses = {}, 0
         while len(pending) < min(batch, simulations - len(state.value)):
             # An empty batch goes on until the tree is closed, so that no chain is missed; `allowed` may prevent that.
-            if state.root.closed or misses >= MISSES and (pending or allowed or not learn):
+            if state.root.closed or (misses >= MISSES and (pending or allowed or not learn)):
                 if pending or state.limit == 2 * n_layers:
                     break
                 state.root, state.limit, misses = Node(), 2 * n_layers, 0  # nothing better is left: on to deeper chains

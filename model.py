@@ -446,11 +446,12 @@ class Verifier:
             return []
         hidden = self.run(chains)
         parts = torch.stack([*hidden.values()]).split(max(1, HEAD_ROWS // (self.positions.stop - self.positions.start)))
-        scores = dict(zip(hidden, (score for part in parts for score in self.judge(part))))
+        correct, promises = (torch.cat(column).tolist() for column in zip(*map(self.judge, parts)))
+        scores = dict(zip(hidden, zip(correct, promises)))
         return [scores[chain] for chain in chains]
 
     def judge(self, hidden):
-        """(correct, promise) of each chain, from the states at `positions`, [chains, len(positions), hidden_size]."""
+        """correct and promise, each [chains], from the states at `positions`, [chains, len(positions), hidden_size]."""
         logits, n = self.model.lm_head(self.model.norm(hidden)).float(), len(self.answer)
         log_total, greedy = logits.logsumexp(-1), logits.argmax(-1)  # [chains, len(positions)]
         matches = greedy[:, :n] == self.answer  # [chains, n]
@@ -466,7 +467,31 @@ class Verifier:
         log_answer = torch.logaddexp(log_tokens.sum(-1) + log_stop, log_tokens[:, :-1].sum(-1) + log_fused)
         # Logits that overflow give no promise; rounding may lift one above 0.
         promise = (log_answer / logits.shape[1]).nan_to_num(nan=-math.inf, neginf=-math.inf).clamp(max=0)
-        return zip(correct.tolist(), promise.tolist())
+        return correct, promise
+
+    @torch.inference_mode(False)  # with gradients
+    def departures(self, gradient=2, distance=1):
+        """Weights for `mcts.search`: a first-order guess at how well each single edit of the full-depth chain does.
+
+        Entry [i][j] is for layer j reading the hidden states that layer i usually reads (n_layers: the final norm): for
+        i < j a skip of layers i to j - 1, for i > j a loop back to j. The weight is exp(gradient * tanh(effect)),
+        divided by far ** distance; an ablation sets either argument to 0.
+        effect: the first-order change of promise, the gradient at layer j times the change of the states that it reads
+          (attribution patching, arXiv 2310.10348); bounded, because it is unreliable for large changes.
+        far: 1 - cosine similarity of the two states, mean over tokens; at least 0.001.
+        Costs a forward and a backward pass of the full-depth chain, and memory for the activations of all layers.
+        """
+        states = [self.model.embed_tokens(self.tokens).detach().requires_grad_()]
+        for layer in self.model.layers:
+            states.append(layer(states[-1], self.rope))
+        _, promise = self.judge(states[-1][:, self.positions])
+        gradients = torch.cat(torch.autograd.grad(promise, states)).float().flatten(1)
+        states = torch.cat(states).detach().float()  # [n_layers + 1, T, hidden_size]
+        directions = F.normalize(states, dim=-1).flatten(1)
+        far = 1 - directions @ directions.T / states.shape[1]
+        effect = states.flatten(1) @ gradients.T - (states.flatten(1) * gradients).sum(1)
+        # States or logits that overflow give NaN.
+        return ((gradient * effect.nan_to_num().tanh()).exp() / far.nan_to_num(1).clamp(min=1e-3) ** distance).tolist()
 
     def run(self, chains):
         """{chain: the hidden states after it at `positions`, [len(positions), hidden_size]}."""

@@ -514,6 +514,20 @@ def test_many_chains_score_as_each_alone_and_as_generate_tells(one_dnn, monkeypa
     assert all(weight.grad is not None for weight in model.parameters())
     model.layers[2].mlp.down_proj.weight.data[:] = math.inf  # so logits overflow, and there is no promise
     assert bare.score([(2,)]) == [(False, -math.inf)] and bare.score([]) == []
+    assert all(0 < weight < math.inf for row in bare.departures() for weight in row)
+
+
+def test_departures_equal_the_differences_that_a_small_change_of_the_states_makes():
+    model = random_model(3)
+    verify = Verifier(model, [1, 2, 3], [4, 5], stop={6})
+    def after(x, layers):
+        return [*itertools.accumulate(layers, lambda x, layer: layer(x, verify.rope), initial=x)]
+    weights, states = verify.departures(), after(model.embed_tokens(verify.tokens), model.layers)
+    for (i, here), (j, there) in itertools.permutations(enumerate(states), 2):
+        ends = [after(there + step * (here - there), model.layers[j:])[-1] for step in (0.01, -0.01)]
+        more, less = (verify.judge(end[:, verify.positions])[1].item() for end in ends)
+        distance = 1 - F.cosine_similarity(here, there, dim=-1).mean().item()
+        assert weights[i][j] == pytest.approx(math.exp(2 * math.tanh((more - less) / 0.02)) / distance, rel=0.01)
 
 
 def test_every_prefix_is_run_once_and_the_lowest_pending_layer_first_as_one_batch():
@@ -695,6 +709,13 @@ def test_promise_leads_to_chains_that_count_by_their_correctness_alone():
     assert all(runs[0].reward(chain) == correct - 0.2 * len(chain) / 12 for chain, correct in runs[0].evaluated.items())
 
 
+def test_a_search_departs_as_the_weights_say():
+    weights = [[float((i, j) in [(3, 5), (7, 6)]) for j in range(9)] for i in range(9)]
+    found = mcts.search(lambda chains: [False] * len(chains), 8, 8, departures=weights).evaluated
+    steps = {step for chain in found for step in itertools.pairwise((*chain, 8))}
+    assert steps == {*itertools.pairwise(range(9)), (2, 5), (6, 6)}
+
+
 def test_malformed_scores_and_settings_out_of_range_are_refused():
     for bad in (None, "1", math.nan, -0.1, 1.5, (True, 0.1), (True, math.nan), (True,), (math.nan, -1), (1.5, -1)):
         with pytest.raises(ValueError, match=r"score of chain \[0, 1, 2\]"):
@@ -746,7 +767,8 @@ def test_plain_generation_has_the_last_word_on_the_best_chain(tiny, command, mon
     assert "best      none" in out and "20 chains evaluated, 0 correct" in out and "discarded" not in out
     monkeypatch.setattr(Verifier, "score", lambda self, chains: [(True, -0.1)] * len(chains))
     sample = cola.Sample(*tiny, data.load("arithmetic")[0])
-    chains = sorted(mcts.search(sample.verify.score, 12, 40).evaluated, key=len)
+    found = mcts.search(sample.verify.score, 12, 40, departures=sample.verify.departures()).evaluated
+    chains = sorted(found, key=len)
     discarded = [sample.answer(chain)[1] for chain in chains].index(True)
     out = command(cola, "--sample-id", 0, "--simulations", 40, "--device", "cpu")[1]
     assert f"chain     {cola.format_chain(chains[discarded])}\n" in out and discarded > 0
@@ -766,7 +788,9 @@ def test_the_settings_reach_the_search_and_the_sample(command, monkeypatch, tmp_
     monkeypatch.setattr(mcts, "search", Mock(return_value=mcts.Result({FULL: 0}, 12, 0)))
     for search, learn, promise in [("uct", True, True), ("blind", True, False), ("random", False, False)]:
         command(cola, "--sample-id", 0, "--search", search, *flags)
+        weights = mcts.search.call_args.kwargs.pop("departures")
         assert mcts.search.call_args.kwargs == settings | {"learn": learn, "promise": promise}
+        assert weights is None if search != "uct" else len(weights) == len(weights[0]) == 13
 
 
 def test_an_answer_is_generated_as_far_as_tells_correct_from_wrong(tiny, monkeypatch):
@@ -900,7 +924,8 @@ def test_the_lines_of_a_study_agree_with_the_model(uninterrupted, tiny):
         sample, valid = cola.Sample(*tiny, problems[line["sample"]]), line["final_valid_transitions"]
         right = sample.answer(FULL) == (line["prediction"], True)
         assert (line["initial_score"], [*FULL] in valid, line["decoy"] is None) == (right, right, right)
-        searched = mcts.search(sample.verify.score, 12, 20, seed=line["sample"]).evaluated
+        searched = mcts.search(sample.verify.score, 12, 20, line["sample"],
+                               departures=sample.verify.departures()).evaluated
         assert {*map(tuple, valid + line["final_invalid_transitions"])} == {*searched}
         assert (line["best"] is None) == (not valid) and line["settings"]["date"] == "2024-07-26"
         if valid:

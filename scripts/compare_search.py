@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import mcts
+from model import Verifier
 from scripts import common, search_baselines
 from scripts.common import lift, mean, share
 from scripts.follow_best import follow_best
@@ -34,33 +35,35 @@ from scripts.study import decoy_answer
 
 
 def tables(args):
-    """{label: (search, what to patch while it runs)}; a search is a function (score, n_layers, budget, seed)."""
-    def ours(**options):
+    """{label: (search, what to patch while it runs)}; a search is a function (verifier, n_layers, budget, seed)."""
+    def ours(estimate=Verifier.departures, **options):
         options = {"depth_penalty": args.depth_penalty, "exploration": args.exploration, "max_skip": args.max_skip,
                    "max_loop": args.max_loop, "batch": args.batch} | options
-        return lambda score, n, budget, seed: mcts.search(score, n, budget, seed, **options).evaluated
-    constants = partial(patch.multiple, mcts)
+        return lambda verify, n, budget, seed: mcts.search(
+            verify.score, n, budget, seed, departures=estimate and estimate(verify), **options).evaluated
+
+    def baseline(search):
+        return lambda verify, *rest: search(verify.score, *rest)
+    blind, constants = partial(ours, None, promise=False), partial(patch.multiple, mcts)
     return {
         "searches": {
             "mcts.search": (ours(), None),
-            "guided_search": (search_baselines.guided_search, None),
-            "follow_best": (follow_best, None),
-            **{name: (getattr(search_baselines, name), None)
-               for name in ("hill_climb", "edit_mcts", "random_chains", "leaf_mcts")}},
+            "follow_best": (baseline(follow_best), None),
+            **{name: (baseline(getattr(search_baselines, name)), None)
+               for name in ("guided_search", "hill_climb", "edit_mcts", "random_chains", "leaf_mcts")}},
         "ablation": {
             "mcts.search": (ours(), None),
             "no tree": (ours(), constants(MATURE=10 ** 4)),
-            "no promise (`--search blind`)": (ours(promise=False), None),
-            "no tree, no promise": (ours(promise=False), constants(MATURE=10 ** 4)),
+            "no promise (`--search blind`)": (blind(), None),
+            "no tree, no promise": (blind(), constants(MATURE=10 ** 4)),
             "no elite: the policy around the full chain": (ours(), constants(ELITE=0)),
-            "no elite, no tree (`--search random`)": (ours(learn=False), None),
+            "no elite, no tree (`--search random`)": (ours(None, learn=False), None),
+            "departures by the distance of layers": (ours(None), None),
+            "departures without the gradient": (ours(partial(Verifier.departures, gradient=0)), None),
+            "departures without the distance of states": (ours(partial(Verifier.departures, distance=0)), None),
             "an elite of 1 chain": (ours(), constants(ELITE=1)),
             "an elite of 64 chains": (ours(), constants(ELITE=64)),
             "all elite chains count the same": (ours(), constants(SHARPNESS=0)),
-            "half the departures": (ours(), constants(DEPARTURES=mcts.DEPARTURES / 2)),
-            "twice the departures": (ours(), constants(DEPARTURES=mcts.DEPARTURES * 2)),
-            "a tenth of the departures loop": (ours(), constants(LOOP=0.1)),
-            "six tenths of the departures loop": (ours(), constants(LOOP=0.6)),
             "nodes expand at the first visit": (ours(), constants(MATURE=1)),
             "a rollout is drawn once, known or not": (ours(), constants(TRIES=1)),
             "skips of at most 4 layers": (ours(max_skip=4), None),
@@ -129,7 +132,7 @@ def main(args):
                             run = {}
                             if problem is not None:
                                 sample = cola.Sample(model, tokenizer, problem, args.cache_mb)
-                                run = search(sample.verify.score, len(full), max(args.simulations), seed + i)
+                                run = search(sample.verify, len(full), max(args.simulations), seed + i)
                                 chains += len(run)
                                 bar.update()
                             for budget in args.simulations:

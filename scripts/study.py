@@ -87,7 +87,7 @@ def search(args, model, tokenizer, problem, seed):
     sample, full = cola.Sample(model, tokenizer, problem, args.cache_mb), tuple(range(len(model.layers)))
     prediction, full_correct = sample.answer(full)
     options = {"allowed": common.readable} if args.polar else {}
-    result = cola.search(args, sample.verify.score, len(full), seed, **options)
+    result = cola.search(args, sample.verify.score, len(full), seed, sample.verify.departures, **options)
     result.evaluated[full] = full_correct  # `generate` has the last word, on this chain and on the best one
     for best in result.correct():
         text, correct = sample.answer(best)
