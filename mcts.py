@@ -96,7 +96,7 @@ class Search:
         self.stop = n_layers  # as if it were the layer after the last, so it is likelier near the end
         self.result, self.root, self.value, self.worth = Result({}, n_layers, depth_penalty), Node(), {}, {}
         actions = range(n_layers + 1)
-        others = [[j for j in (*self.window(i - 1), self.stop) if j != i] for i in actions]  # where to depart from i to
+        others = [[j for j in (*self.window(i - 1), self.stop) if j != i] for i in actions]  # instead of i
         if departures is None:
             near = [[(1 if i < j else 0.5) / max(1, abs(i - j)) for j in actions] for i in actions]
             departures = [[weight / (sum(near[i][j] for j in others[i]) or 1) for weight in near[i]] for i in actions]
@@ -206,8 +206,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
         is). If it allows few chains (about one in 1,000), the search may end before it finds them.
       departures: weights such as those of `Verifier.departures`, [n_layers + 1][n_layers + 1]: [i][j] for taking action
-        j where an elite chain takes i (n_layers: stop). Only their ratios matter. None: each i
-        departs equally often, and j weighs 1 / |i - j|, half that if j < i.
+        j where an elite chain takes i (n_layers: stop). Only their ratios matter. None: every action is departed from
+        equally often, for j in proportion to 1 / |i - j|, half that if j < i.
       batch: chains to score at a time.
       learn, promise: False is a control that draws chains around the full-depth chain without a tree, or one that
         ignores promises; cola.py's `--search random` and `--search blind`, which pass no `departures` either.

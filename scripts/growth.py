@@ -42,7 +42,7 @@ def tiny_case():
 
 def measure(case, simulations, seed):
     """Milliseconds per chain of one search, and how many of them pass outside the verifier."""
-    verifier, n_layers, inside = Verifier(*case), len(case[0].layers), 0
+    verifier, n_layers = Verifier(*case), len(case[0].layers)
 
     def score(chains):
         nonlocal inside
