@@ -1,12 +1,10 @@
 """Monte Carlo Tree Search for a chain of layers: UCT with priors over "append a layer" and "stop".
 
 A node of the tree is a prefix of a chain. After a prefix whose last layer is l, the actions are to append a layer from
-l + 1 - max_loop to l + 1 + max_skip, or to stop, which completes the chain. Appending l + 1 continues with the next
-layer, a lower one loops, a higher one skips; stopping before the last layer is an early exit.
+l + 1 - max_loop (below l + 1: a loop) to l + 1 + max_skip (above: a skip), or to stop, which completes the chain.
 
-The policy provides the tree's priors and the rollouts. It depends on the last layer only: a table of transitions
-counted in the elite, the most valuable short chains so far. After a layer it does what elite chains do next; now and
-then, about once in n_layers steps, it departs from that to an action drawn by the weights `departures`.
+The policy provides the tree's priors and the rollouts. After a layer it does what chains of the elite, the most
+valuable short ones so far, do next; about once in n_layers steps it departs from that as the weights `departures` say.
 
 References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT (UCT with priors), Silver et al. 2016 (AlphaGo).
 CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours builds them layer by layer.
@@ -16,7 +14,7 @@ import random
 from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from heapq import nlargest
 from itertools import accumulate, pairwise
 from numbers import Real
@@ -58,7 +56,7 @@ class Node:
         self.children, self.visits, self.total, self.closed = defaultdict(Node), 0, 0.0, False  # total: of the values
 
     def bound(self, width):
-        """The upper confidence bound Q + c * P * sqrt(N) / (1 + n), PUCT [2]; `width` is c * P * sqrt(N).
+        """The upper confidence bound Q + c * P * sqrt(N) / (1 + n), PUCT [2], where `width` is c * P * sqrt(N).
 
         Q, n, P: this node's mean value, visits and prior. N: its parent's visits.
         """
@@ -71,9 +69,8 @@ class Node:
             if action not in self.children:  # n is 0 and Q this node's mean (first-play urgency)
                 bounds[action] = self.total / self.visits + width * prior
                 break  # other untried actions have lower priors
-        for action, child in self.children.items():
-            if not child.closed:
-                bounds[action] = child.bound(width * priors[action])
+        bounds |= {action: child.bound(width * priors[action])
+                   for action, child in self.children.items() if not child.closed}
         return max(bounds, key=bounds.get, default=None)
 
 
@@ -85,7 +82,7 @@ class Search:
       value: {chain: what it backs up}, its reward with its worth in place of the score.
       limit: the greatest depth to try: 2 * n_layers, or where a full score just beats `highest` (branch and bound).
       elite: the ELITE chains of highest value, correct or wrong, among those of at most limit + 1 steps.
-      policy: `policy_after` this elite, as a function of the last layer alone.
+      table: the elite's transitions, {layer: {action: weight}}; `policy` is `policy_after` with a cache.
       departures: the argument, scaled so that a walk along the full-depth chain departs from it about once.
     """
 
@@ -103,7 +100,7 @@ class Search:
         total = sum(departures[i][j] for i in actions for j in others[i])
         self.departures = [[weight / total for weight in row] for row in departures]
         self.highest, self.limit, self.elite = -math.inf, 2 * n_layers, []
-        self.policy = cache(partial(self.policy_after, {}))  # no elite yet: every layer once, with departures
+        self.table, self.policy = {}, cache(self.policy_after)  # no elite yet: every layer once, with departures
 
     def window(self, last):
         """The layers that may be appended after the layer `last` (-1 at the beginning); last + 1 is among them."""
@@ -122,30 +119,26 @@ class Search:
         reward = self.result.reward(chain)
         self.worth[chain] = score or math.exp(self.result.promises.get(chain, -math.inf))
         self.value[chain] = reward - score + self.worth[chain]
-        if self.learn and score > 0 and reward > self.highest:
+        if self.learn and self.result.depth_penalty and score > 0 and reward > self.highest:
             self.highest = reward
-            if self.result.depth_penalty:  # below the depth at which a full score has the same reward
-                depth = (1 - reward) * self.n_layers / self.result.depth_penalty
-                self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1
+            depth = (1 - reward) * self.n_layers / self.result.depth_penalty  # a full score has this reward there
+            self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1
 
     def update_policy(self, chains):
         """Updates the elite with these chains and, if it changed, counts its transitions anew."""
         shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
         elite = nlargest(ELITE, shallow, key=self.value.get) if self.learn else []
         if elite != self.elite:
-            table = defaultdict(lambda: defaultdict(float))  # {layer: {action: weight}}
+            self.elite, self.table = elite, defaultdict(lambda: defaultdict(float))
+            self.policy.cache_clear()
             for chain in elite:
                 if weight := self.worth[chain] ** SHARPNESS:
                     for last, action in pairwise((-1, *chain, self.stop)):
-                        table[last][action] += weight
-            self.elite, self.policy = elite, cache(partial(self.policy_after, table))
+                        self.table[last][action] += weight
 
-    def policy_after(self, table, last):
-        """{action: probability} after a layer (-1: at the beginning), most likely first; its keys; cumulative sums.
-
-        table: the elite's transitions, {layer: {action: weight}}.
-        """
-        row, actions, priors = table.get(last, {last + 1: 1}), (*self.window(last), self.stop), defaultdict(float)
+    def policy_after(self, last):
+        """{action: probability} after a layer (-1: at the beginning), most likely first; its keys; cumulative sums."""
+        row, actions, priors = self.table.get(last, {last + 1: 1}), (*self.window(last), self.stop), defaultdict(float)
         total = sum(row.values())
         for usual, weight in row.items():
             odds = {action: self.departures[usual][action] for action in actions if action != usual}
@@ -161,13 +154,13 @@ class Search:
         node, path, actions = self.root, [self.root], [-1]
         while self.learn and node.visits >= MATURE and not node.closed:
             action = node.select(self.policy(actions[-1])[0], self.exploration)
-            if action is None:
+            if action is None:  # nothing new is below
                 node.closed = True
-            else:
-                node = node.children[action]
-                path.append(node)
-                actions.append(action)
-                node.closed = action == self.stop or len(actions) > self.limit
+                break
+            node = node.children[action]
+            path.append(node)
+            actions.append(action)
+            node.closed = action == self.stop or len(actions) > self.limit
         for node in path:
             node.visits += 1  # before the value is known, like a virtual loss: so that a batch spreads out
         if node.closed and actions[-1] != self.stop:
