@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmoe", "qwen2_moe", "qwen3_moe")
-ROPE_TYPES = ("default", "linear", "llama3")
+HEAD_ROWS = 256  # positions that go through the head at once: over a large vocabulary their logits fill memory
 
 
 @dataclass
@@ -63,11 +63,10 @@ class Config:
                 raise ValueError("rope_parameters and rope_scaling differ")
             rope = {"rope_type": rope.pop("type", "default"), "rope_theta": raw.get("rope_theta", 10000.0), **rope}
             raw = {"hidden_act": "silu", "partial_rotary_factor": 1, **raw, **rope, "rope_parameters": rope}
-            for name, supported in [("model_type", MODEL_TYPES), ("hidden_act", ["silu"]),
-                                    ("rope_type", ROPE_TYPES), ("partial_rotary_factor", [1]),
-                                    ("quantization_config", [None])]:
-                if raw.get(name) not in supported:
-                    raise ValueError(f"{name} {raw.get(name)!r} is not supported, only {[*supported]}")
+            for name, valid in {"model_type": MODEL_TYPES, "hidden_act": ["silu"], "partial_rotary_factor": [1],
+                                "rope_type": ["default", "linear", "llama3"], "quantization_config": [None]}.items():
+                if raw.get(name) not in valid:
+                    raise ValueError(f"{name} {raw.get(name)!r} is not supported, only {[*valid]}")
             values = {entry: raw[entry.name] for entry in fields(cls) if raw.get(entry.name) is not None}
             for entry, value in values.items():
                 types = (int, float) if entry.type is float else (entry.type,)  # JSON may say 1 for 1.0
@@ -96,16 +95,14 @@ class KVCache:
 
     def __init__(self):
         self.length, self.chain = 0, None  # number of tokens held, and the chain that they went through
-        self.slots = []  # (keys, values) of each step, each [B, key/value heads, length, head_dim]
+        self.slots = {}  # {step: (keys, values)}, each [B, key/value heads, length, head_dim]
 
     def append(self, step, k, v):
         """Adds the keys and values of new tokens to one slot; returns all that the slot then holds."""
-        if step == len(self.slots):
-            self.slots.append((k, v))
-        else:  # copies all past tokens; a preallocated buffer would not, but answers are short
-            past_k, past_v = self.slots[step]
-            self.slots[step] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
-        return self.slots[step]
+        if step in self.slots:  # copies all past tokens; a preallocated buffer would not, but answers are short
+            k, v = (torch.cat((past, new), dim=2) for past, new in zip(self.slots[step], (k, v)))
+        self.slots[step] = k, v
+        return k, v
 
 
 class RMSNorm(nn.RMSNorm):
@@ -245,9 +242,7 @@ class Experts(nn.Module):
 class Layer(nn.Module):
     """One module of a chain. It adds to the hidden states, so skipping or repeating it leaves them usable.
 
-    Args:
-      tensors: {name: tensor} of all layers together, which show what optional parts the layers have.
-      sparse: whether the MLP of this layer is a mixture of experts.
+    `tensors`, {name: tensor} of all layers together, shows their optional parts; `sparse` makes the MLP one of experts.
     """
 
     def __init__(self, config, tensors, sparse):
@@ -255,10 +250,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, tensors)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if sparse:
-            self.mlp = Experts(config, tensors)
-        else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias="mlp.gate_proj.bias" in tensors)
+        self.mlp = Experts(config, tensors) if sparse else MLP(
+            config.hidden_size, config.intermediate_size, bias="mlp.gate_proj.bias" in tensors)
 
     def forward(self, x, rope, cache=None, step=None):
         """Hidden states [B, T, hidden_size] to those after this layer; `step` is this layer's slot in the cache."""
@@ -269,9 +262,7 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """The decoder. Its parameters are named as in a Hugging Face checkpoint, less the leading "model.".
 
-    Args:
-      config: a Config.
-      tensors: {name: tensor} of the checkpoint, which show its optional parts; without, it is a plain Llama.
+    `tensors`, {name: tensor} of the checkpoint, shows its optional parts; without, it is a plain Llama.
     """
 
     def __init__(self, config, tensors=None):
@@ -308,9 +299,8 @@ class Llama(nn.Module):
                        if not name.endswith("rotary_emb.inv_freq")}  # in old checkpoints; follows from the config
             if config.num_hidden_layers > len(weights):
                 raise RuntimeError(f"too few tensors for {config.num_hidden_layers} layers")
-            config.tie_word_embeddings &= "lm_head.weight" not in weights
-            if config.tie_word_embeddings:  # one Parameter under two names
-                weights["lm_head.weight"] = weights.get("embed_tokens.weight")
+            if config.tie_word_embeddings:  # one Parameter under two names, unless the checkpoint has two
+                weights.setdefault("lm_head.weight", weights.get("embed_tokens.weight"))
             with torch.device("meta"):  # no memory yet: the tensors become the parameters
                 model = cls(config, weights).requires_grad_(False)
             model.load_state_dict(weights, assign=True)
@@ -382,9 +372,6 @@ def check_chain(chain, n_layers):
     return chain
 
 
-HEAD_ROWS = 256  # positions that go through the head at once: over a large vocabulary their logits fill memory
-
-
 class Verifier:
     """Scores chains on one problem: does greedy decoding under the chain write the answer, and how likely is it?
 
@@ -405,8 +392,7 @@ class Verifier:
     Args:
       prompt, answer: token ids; a prompt has at least one.
       stop: set of ids, one of which must follow the answer; None if the answer is complete without one.
-      cache_mb: megabytes (2 ** 20 bytes) of hidden states to keep for later calls; scores do not depend on it, except
-        for rounding.
+      cache_mb: megabytes (2 ** 20 bytes) of hidden states to keep for later calls; it changes scores by rounding only.
       fused: set of ids of tokens that spell the answer's last token and a stop, such as ")\\n" for ")".
     Raises ValueError for an empty prompt, or more tokens than the model has positions.
     """
@@ -420,8 +406,7 @@ class Verifier:
         stops, fused = [[i for i in ids or () if 0 <= i < model.config.vocab_size] for ids in (stop, fused)]
         self.answer, self.stop, self.fused = to_ids(answer), None if stop is None else to_ids(stops), to_ids(fused)
         # The positions whose logits predict the answer and, if there is to be one, the stop after it.
-        count = len(answer) if stop is None else len(answer) + 1
-        self.positions = slice(len(prompt) - 1, len(prompt) - 1 + max(1, count))
+        self.positions = slice(len(prompt) - 1, len(prompt) - 1 + max(1, len(answer) + (stop is not None)))
         self.tokens = to_ids([[*prompt, *answer]])  # [1, T]
         self.rope = rope_table(model.config, 0, len(prompt) + len(answer), like=model.embed_tokens.weight)
         self.states = OrderedDict()  # {prefix: the hidden states after it}, the least recently used first
@@ -444,11 +429,9 @@ class Verifier:
         chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
         if not chains:
             return []
-        hidden = self.run(chains)
-        parts = torch.stack([*hidden.values()]).split(max(1, HEAD_ROWS // (self.positions.stop - self.positions.start)))
+        parts = self.run(chains).split(max(1, HEAD_ROWS // (self.positions.stop - self.positions.start)))
         correct, promises = (torch.cat(column).tolist() for column in zip(*map(self.judge, parts)))
-        scores = dict(zip(hidden, zip(correct, promises)))
-        return [scores[chain] for chain in chains]
+        return [*zip(correct, promises)]
 
     def judge(self, hidden):
         """correct and promise, each [chains], from the states at `positions`, [chains, len(positions), hidden_size]."""
@@ -457,12 +440,10 @@ class Verifier:
         matches = greedy[:, :n] == self.answer  # [chains, n]
         log_tokens = logits[:, range(n), self.answer] - log_total[:, :n]
         # There are two ways to end: the last token and then a stop, or both fused in one token.
-        stops, log_stop = True, 0
-        if self.stop is not None:
-            stops = torch.isin(greedy[:, n], self.stop)
-            log_stop = logits[:, n, self.stop].logsumexp(-1) - log_total[:, n]
-        fuses = torch.isin(greedy[:, n - 1], self.fused)
-        log_fused = logits[:, n - 1, self.fused].logsumexp(-1) - log_total[:, n - 1]
+        def one_of(ids, at):
+            return torch.isin(greedy[:, at], ids), logits[:, at, ids].logsumexp(-1) - log_total[:, at]
+        stops, log_stop = (True, 0) if self.stop is None else one_of(self.stop, n)
+        fuses, log_fused = one_of(self.fused, n - 1)
         correct = (matches.all(-1) & stops) | (matches[:, :-1].all(-1) & fuses)
         log_answer = torch.logaddexp(log_tokens.sum(-1) + log_stop, log_tokens[:, :-1].sum(-1) + log_fused)
         # Logits that overflow give no promise; rounding may lift one above 0.
@@ -494,7 +475,7 @@ class Verifier:
         return ((gradient * effect.nan_to_num().tanh()).exp() / far.nan_to_num(1).clamp(min=1e-3) ** distance).tolist()
 
     def run(self, chains):
-        """{chain: the hidden states after it at `positions`, [len(positions), hidden_size]}."""
+        """The hidden states at `positions` after each of the chains, [chains, len(positions), hidden_size]."""
         self.steps_asked += sum(map(len, chains))
         progress = {chain: self.recall(chain) for chain in chains}  # {chain: (steps done, hidden states after them)}
         while pending := {chain: steps for chain, (steps, _) in progress.items() if steps < len(chain)}:
@@ -511,7 +492,7 @@ class Verifier:
                 self.states.popitem(last=False)
             for chain, end in ready:
                 progress[chain] = end, after[chain[:end]]
-        return {chain: states[0, self.positions] for chain, (_, states) in progress.items()}
+        return torch.cat([progress[chain][1][:, self.positions] for chain in chains])
 
     def recall(self, chain):
         """The longest prefix of a chain whose states are kept: its length, and the states, [1, T, hidden_size]."""
@@ -522,18 +503,15 @@ class Verifier:
         return 0, self.model.embed_tokens(self.tokens)
 
 
-# Devices and checkpoints.
-
 def find_device(name=None):
     """The torch.device of that name, by default the GPU if there is one. Raises ValueError if it is unavailable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         if "out of memory" in str(error):  # it exists, but is full
             raise
-        raise ValueError(f"device {str(name)!r} is unavailable; use cpu"
-                         + " or cuda" * torch.cuda.is_available()) from None
+        raise ValueError(f"device '{name}' is unavailable; use cpu" + " or cuda" * torch.cuda.is_available()) from None
     return torch.device(name)
 
 
