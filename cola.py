@@ -8,7 +8,6 @@ Follows CoLa (arXiv 2507.07996): the layers of a pretrained LLM are modules that
 reordered for each input, without training. Layers are numbered from 0; a chain is written 0-5,5,8-11.
 """
 import argparse
-import math
 import os
 import re
 import sys
@@ -17,8 +16,7 @@ import warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch warns, but nothing here needs it
-# How long a waiting torch thread spins before it sleeps; read when torch is imported. The default is milliseconds, in
-# which it keeps the very thread that it waits for from running if the machine is busy.
+# How long a waiting torch thread spins; read at its import. By default it keeps others from running on a busy machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 try:
     import torch
@@ -50,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 def at_least(least, number=int):
     """The type of a numeric argument that must be `least` or more."""
     def numeric(text):  # argparse names it if the text is not a number
-        if not least <= number(text) < math.inf:
+        if not least <= number(text) < float("inf"):
             raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
         return number(text)
     return numeric
@@ -58,9 +56,9 @@ def at_least(least, number=int):
 
 def parser():
     p = Parser("cola.py", __doc__, usage="%(prog)s --sample-id N [options]")
-    sample = p.add_argument_group("sample")
-    sample.add_argument("--sample-id", type=int, required=True, metavar="N", help="position in the dataset, from 0")
-    sample.add_argument("--chain", metavar="LAYERS", help="run this chain instead of searching, such as 0-5,5,8-11")
+    add = p.add_argument_group("sample").add_argument
+    add("--sample-id", type=int, required=True, metavar="N", help="position in the dataset, from 0")
+    add("--chain", metavar="LAYERS", help="run this chain instead of searching, such as 0-5,5,8-11")
     add_problem_arguments(p)
     add_model_arguments(p)
     add_search_arguments(p)
@@ -69,58 +67,49 @@ def parser():
 
 def add_problem_arguments(p):
     """The arguments of `data.load`, for cola.py and the scripts."""
-    problems = p.add_argument_group("problems")
-    problems.add_argument("--dataset", default="arithmetic", metavar="NAME",
-                          help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
-    problems.add_argument("--shots", type=int, default=0, metavar="N",
-                          help="worked examples before the question (default: %(default)s)")
-    problems.add_argument("--boxed", type=Path, metavar="FILE",
-                          help="ask for \\boxed{ANSWER} with the prompt in this file, which contains {question}")
-    problems.add_argument("--split", choices=["train", "validation", "test"], metavar="NAME",
-                          help="train, validation or test, for arc and gsm8k (default: test)")
+    add = p.add_argument_group("problems").add_argument
+    add("--dataset", default="arithmetic", metavar="NAME",
+        help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
+    add("--shots", type=int, default=0, metavar="N", help="worked examples before the question (default: %(default)s)")
+    add("--boxed", type=Path, metavar="FILE",
+        help="ask for \\boxed{ANSWER} with the prompt in this file, which contains {question}")
+    add("--split", choices=["train", "validation", "test"], help="for arc and gsm8k (default: test)")
 
 
 def add_model_arguments(p):
     """The arguments of `load_checkpoint` and `Sample`, for cola.py and the scripts."""
-    model = p.add_argument_group("model")
-    model.add_argument("--model", default="tiny", metavar="NAME",
-                       help="a checkpoint folder, or an org/name on the hub (default: the included tiny)")
-    model.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)")
-    model.add_argument("--no-chat", action="store_true", help="prompt a chat model like a base model")
-    model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], metavar="NAME",
-                       help="float32, bfloat16 or float16 (default: bfloat16 on cuda, float32 on cpu, where bfloat16 "
-                            "is faster if the cpu has instructions for it)")
-    model.add_argument("--cache-mb", type=at_least(0), default=1024, metavar="N",
-                       help="megabytes of hidden states to share between chains (default: %(default)s)")
+    add = p.add_argument_group("model").add_argument
+    add("--model", default="tiny", metavar="NAME",
+        help="a checkpoint folder, or an org/name on the hub (default: the included tiny)")
+    add("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)")
+    add("--no-chat", action="store_true", help="prompt a chat model like a base model")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="default: bfloat16 on cuda, float32 on cpu, where bfloat16 is faster if the cpu has instructions for it")
+    add("--cache-mb", type=at_least(0), default=1024, metavar="N",
+        help="megabytes of hidden states to share between chains (default: %(default)s)")
 
 
 def add_search_arguments(p):
     """The arguments of `search`, for cola.py and the scripts."""
-    search = p.add_argument_group("search")
-    search.add_argument("--search", choices=["uct", "blind", "random"], default="uct", metavar="NAME",
-                        help="uct, or a control: blind ignores how likely chains make the answer, random draws "
-                             "chains around the full-depth chain (default: uct)")
-    search.add_argument("--simulations", type=at_least(1), default=200, metavar="N",
-                        help="distinct chains to evaluate (default: %(default)s)")
-    search.add_argument("--depth-penalty", type=at_least(0, float), default=0.2, metavar="X",
-                        help="what the full depth costs; a correct answer is worth 1 (default: %(default)s)")
-    search.add_argument("--exploration", type=at_least(0, float), default=8.0, metavar="C",
-                        help="constant c of the upper confidence bound (default: %(default)s)")
-    search.add_argument("--max-skip", type=at_least(0), metavar="N",
-                        help="layers that a step may skip (default: any number)")
-    search.add_argument("--max-loop", type=at_least(0), default=4, metavar="N",
-                        help="layers that a step may go back; 1 repeats the last (default: %(default)s)")
-    search.add_argument("--batch", type=at_least(1), default=8, metavar="N",
-                        help="chains to verify at a time (default: %(default)s)")
-    search.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
+    add = p.add_argument_group("search").add_argument
+    add("--search", choices=["uct", "blind", "random"], default="uct", help="uct, or a control: blind ignores how "
+        "likely chains make the answer, random draws chains around the full-depth chain (default: %(default)s)")
+    add("--simulations", type=at_least(1), default=200, metavar="N",
+        help="distinct chains to evaluate (default: %(default)s)")
+    add("--depth-penalty", type=at_least(0, float), default=0.2, metavar="X",
+        help="what the full depth costs; a correct answer is worth 1 (default: %(default)s)")
+    add("--exploration", type=at_least(0, float), default=8.0, metavar="C",
+        help="constant c of the upper confidence bound (default: %(default)s)")
+    add("--max-skip", type=at_least(0), metavar="N", help="layers that a step may skip (default: any number)")
+    add("--max-loop", type=at_least(0), default=4, metavar="N",
+        help="layers that a step may go back; 1 repeats the last (default: %(default)s)")
+    add("--batch", type=at_least(1), default=8, metavar="N", help="chains to verify at a time (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
 
 
 def load_checkpoint(args):
-    """The model and its tokenizer; also sets the number of threads that suits them.
-
-    Raises ValueError or OSError with one line that says what to do.
-    """
+    """The model and its tokenizer; also sets a suitable number of threads. Raises ValueError or OSError."""
     folder = fetch(TINY if args.model == "tiny" else args.model, args.revision)
     model = Llama.from_pretrained(folder, args.device, args.dtype and getattr(torch, args.dtype))
     # Below 500,000 weights per layer, waking several threads costs more than they save.
@@ -133,29 +122,23 @@ def parse_chain(text, n_layers):
     """"0-5,5,8-11" as a tuple of layers; an empty text is the empty chain. Raises ValueError if malformed."""
     chain = []
     for part in text.split(",") if text.strip() else []:
-        first, dash, last = map(str.strip, part.partition("-"))
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        ends = part.split("-", 1)  # one or two
+        if not all(end.strip().isdecimal() for end in ends) or int(ends[0]) > int(ends[-1]):
             raise ValueError(f"chain {text!r} has a malformed part {part!r}; write layers and ranges: 0-5,5,8-11")
-        check_chain([int(last)], n_layers)
-        chain += range(int(first), int(last) + 1)
+        check_chain([int(ends[-1])], n_layers)
+        chain += range(int(ends[0]), int(ends[-1]) + 1)
     return tuple(chain)
 
 
 def format_chain(chain):
     """The inverse of `parse_chain`."""
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0])
-                    for run in runs(chain, lambda a, b: b == a + 1))
-
-
-def runs(chain, joined):
-    """Splits a chain into runs in which all neighbours are `joined`."""
-    out = []
+    parts = []  # the ends of each: [layer] or [first, last]
     for layer in chain:
-        if not (out and joined(out[-1][-1], layer)):
-            out.append([])
-        out[-1].append(layer)
-    return out
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1][1:] = [layer]
+        else:
+            parts.append([layer])
+    return ",".join("-".join(map(str, ends)) for ends in parts)
 
 
 def draw(chain, n_layers):
@@ -165,10 +148,13 @@ def draw(chain, n_layers):
         first    0 1 . 3
         then         2 3 x x
     """
-    rows, top, width = [[*range(n_layers)]], max(chain, default=-1), len(str(n_layers - 1)) + 1
-    for layers in runs(chain, lambda a, b: b > a) or [()]:
-        drawn = range(layers[0] if len(rows) > 1 else 0, max(layers, default=-1) + 1)
-        rows.append([layer if layer in layers else "." if layer in drawn else "" for layer in range(n_layers)])
+    rows, last, width = [[*range(n_layers)], [""] * n_layers], -1, len(str(n_layers - 1)) + 1
+    for layer in chain:
+        if layer <= last:
+            rows.append([""] * n_layers)
+        rows[-1][last + 1:layer] = "." * (layer - last - 1)  # none after a loop back
+        rows[-1][layer] = last = layer
+    top = max(chain, default=-1)
     rows[-1][top + 1:] = "x" * (n_layers - 1 - top)
     labels = ["layers", "first", *["then"] * len(rows)]
     return [f"{label:8}" + "".join(f"{cell:>{width}}" for cell in row).rstrip() for label, row in zip(labels, rows)]
@@ -190,8 +176,7 @@ class Sample:
 
     Attributes:
       prompt, target: token ids of the prompt and of the correct answer after it.
-      stop: set of ids that end an answer; None if it is complete by itself: an answer in a box, or the label of a
-        choice unless another label begins with it.
+      stop: set of ids that end an answer; None for one that needs no end: a box, or a label that begins no other.
       verify, fused: the Verifier of this answer, and its argument of that name.
     Raises ValueError if the tokenizer does not fit the model or cannot write the answer, or the prompt is too long.
     """
@@ -206,7 +191,7 @@ class Sample:
                              f"{written!r}; leave this sample out")
         complete = [label for label in problem.choices if label.startswith(problem.answer)] == [problem.answer]
         self.stop = None if complete or problem.form else tokenizer.stop
-        self.fused = tokenizer.closing(self.target) if problem.form else tokenizer.fused(self.target)
+        self.fused = tokenizer.fused(self.target, boxed=bool(problem.form))
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb, self.fused)
 
     def answer(self, chain):
@@ -225,7 +210,7 @@ class Sample:
 
 
 def load_sample(args):
-    """The Sample that the arguments ask for. Raises ValueError or OSError with one line that says what to do."""
+    """The Sample that the arguments ask for. Raises ValueError or OSError."""
     problems = data.load(args.dataset, args.shots, args.split, args.boxed)
     if not 0 <= args.sample_id < len(problems):
         raise ValueError(f"sample id {args.sample_id} is out of range; {args.dataset} has 0 to {len(problems) - 1}")
@@ -239,15 +224,12 @@ def say(label, text):
         label = ""
 
 
-def say_answer(label, sample, chain):
-    """Prints what the model answers under a chain."""
-    text, correct = sample.answer(chain)
-    say(label, f"{text!r}, {'correct' if correct else 'wrong'}, depth {len(chain)} (full: {len(sample.model.layers)})")
-
-
-def say_chain(chain, n_layers):
-    """Prints a chain: in the form of --chain, in words, and as a drawing."""
-    say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
+def say_answer(label, sample, chain, drawn=True):
+    """Prints what a chain answers and, if drawn, the chain: in the form of --chain, in words, and as a drawing."""
+    n_layers, (text, correct) = len(sample.model.layers), sample.answer(chain)
+    say(label, f"{text!r}, {'correct' if correct else 'wrong'}, depth {len(chain)} (full: {n_layers})")
+    if drawn:
+        say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
 
 
 def search(args, score, n_layers, seed, departures=None, **options):
@@ -260,25 +242,22 @@ def search(args, score, n_layers, seed, departures=None, **options):
 
 def search_chain(args, sample):
     """Searches for the sample's chain, with a progress bar, and prints what it finds."""
-    n_layers, start = sample.model.config.num_hidden_layers, time.perf_counter()
+    start = time.perf_counter()
     with tqdm(total=args.simulations, desc="search", unit="chain", disable=None, leave=False) as bar:
         def score(chains):
             scores = sample.verify.score(chains)
             bar.update(len(chains))
             return scores
-        result = search(args, score, n_layers, args.seed, sample.verify.departures)
-    seconds = time.perf_counter() - start
-    correct = result.correct()
+        result = search(args, score, len(sample.model.layers), args.seed, sample.verify.departures)
+    seconds, correct = time.perf_counter() - start, result.correct()
     say("search", f"{len(result.evaluated)} chains evaluated, {len(correct)} correct, in {seconds:.2f} s, "
                   f"{len(result.evaluated) / seconds:.1f} chains/s\n"
                   f"{sample.verify.steps_run} layer steps run of {sample.verify.steps_asked}, the rest were shared")
-    best = next((chain for chain in correct if sample.answer(chain)[1]), None)  # `generate` has the last word
-    discarded = len(correct) if best is None else correct.index(best)
-    if best is None:
+    discarded = next((i for i, chain in enumerate(correct) if sample.answer(chain)[1]), len(correct))  # by `generate`
+    if discarded == len(correct):
         say("best", "none: no correct chain found")
     else:
-        say_answer("best", sample, best)
-        say_chain(best, n_layers)
+        say_answer("best", sample, correct[discarded])
     if discarded:
         say("discarded", f"{discarded} chains that `generate` did not confirm")
 
@@ -297,27 +276,14 @@ def run(args):
     say("question", problem.question)
     say("gold", problem.answer)
     if chain is None:
-        say_answer("full", sample, range(n_layers))
+        say_answer("full", sample, range(n_layers), drawn=False)
         search_chain(args, sample)
     else:
         say_answer("answer", sample, chain)
-        say_chain(chain, n_layers)
-
-
-def one_line(error):
-    """What is wrong with the input or the machine, and what to do; None for any other error, a bug."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
-        return "the device has too little memory; use a smaller model, --cache-mb or --batch, or another --device"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; give another path"
-    if isinstance(error, (ValueError, OSError)):  # those of huggingface_hub say what to do, too
-        return text
-    return f"the hub cannot be reached ({text}); try again later" if isinstance(error, HTTPError) else None
 
 
 def exit_on_error(program, command, *arguments):
-    """Runs a command; bad input ends in one line on stderr and exit code 2."""
+    """Runs a command. Bad input (ValueError, OSError) or too little memory ends in one line on stderr and code 2."""
     try:
         command(*arguments)
         print(end="", flush=True)  # so that a closed pipe is noticed here
@@ -328,9 +294,16 @@ def exit_on_error(program, command, *arguments):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if one_line(error) is None:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
+            text = "the device has too little memory; use a smaller model, --cache-mb or --batch, or another --device"
+        elif isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}; give another path"
+        elif isinstance(error, HTTPError) and not isinstance(error, OSError):  # if the hub answers, both
+            text = f"the hub cannot be reached ({text}); try again later"
+        elif not isinstance(error, (ValueError, OSError)):  # a bug
             raise
-        print(f"{program}: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: {text}", file=sys.stderr)
         sys.exit(2)
 
 
