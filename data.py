@@ -30,11 +30,10 @@ from tokenizers import Tokenizer as RustTokenizer
 TERMS_OF_LEVEL = {1: 3, 2: 4, 3: 5, 4: 6, 5: 7}  # arithmetic: how many numbers a problem of each level has
 NUMBERS_BELOW = 20  # so 0 to 19
 N_PROBLEMS = 2000  # in each arithmetic dataset
-ARITHMETIC = {"arithmetic": [*TERMS_OF_LEVEL],  # dataset: its levels
-              **{f"arithmetic-{level}": [level] for level in TERMS_OF_LEVEL}}
 FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # by the dataset viewer: repository, config
                "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge"),
                "gsm8k": ("openai/gsm8k", "main")}
+ARITHMETIC = ("arithmetic", *(f"arithmetic-{level}" for level in TERMS_OF_LEVEL))
 MATH = ("math", "math-1", "math-2", "math-3", "math-4", "math-5")
 DATASETS = (*ARITHMETIC, *FROM_VIEWER, *MATH)
 DATE = datetime(2024, 7, 26)  # given to chat templates as today, so that prompts never change
@@ -69,8 +68,7 @@ class Problem:
         for problem in (*self.examples, self):
             wanted = "letter of the right choice" if problem.choices else "final answer"
             content = problem.formatted if problem.form else f"{problem.question}\nAnswer with the {wanted} only."
-            turns += [{"role": "user", "content": content},
-                      {"role": "assistant", "content": problem.answer}]
+            turns += [{"role": "user", "content": content}, {"role": "assistant", "content": problem.answer}]
         return turns[:-1]
 
 
@@ -84,8 +82,7 @@ def load(dataset, shots=0, split=None, boxed=None):
 
     Args:
       dataset: a name in DATASETS, or the path of a JSON Lines file.
-      shots: how many worked examples to put before each question: other problems of the dataset; for arithmetic,
-        training problems.
+      shots: number of worked examples: other problems of the dataset or, for arithmetic, training problems.
       split: "train", "validation" or "test", for benchmarks that have several; None means "test".
       boxed: the path of a prompt with {question} in it that asks for \\boxed{ANSWER}; None asks for the bare answer.
     Raises ValueError or OSError (including huggingface_hub's errors) that says what is wrong.
@@ -95,43 +92,28 @@ def load(dataset, shots=0, split=None, boxed=None):
     if split is not None and dataset not in FROM_VIEWER:
         raise ValueError(f"{dataset} has no splits; omit --split")
     if dataset in ARITHMETIC:
-        levels = ARITHMETIC[dataset]
+        levels = [level for level in TERMS_OF_LEVEL if dataset in ("arithmetic", f"arithmetic-{level}")]
         problems = by_turns([arithmetic(level, N_PROBLEMS // len(levels)) for level in levels])
         pool = by_turns([arithmetic(level, shots + 1, test=False) for level in levels])
+    elif dataset in FROM_VIEWER:
+        problems = pool = read_jsonl(fetch_rows(*FROM_VIEWER[dataset], split or "test"))
+    elif dataset in MATH:
+        every = read_jsonl(hf_hub_download("HuggingFaceH4/MATH-500", "test.jsonl", repo_type="dataset"))
+        problems = pool = [problem for problem in every if dataset in ("math", f"math-{problem.level}")]
+    elif Path(dataset).is_file():
+        problems = pool = read_jsonl(dataset)
     else:
-        problems = pool = read_dataset(dataset, split or "test")
+        raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
     if boxed is not None:
-        form = read_form(boxed)
+        form = Path(boxed).read_text(encoding="utf-8", errors="replace").rstrip("\n")
+        if "{question}" not in form or "\N{REPLACEMENT CHARACTER}" in form:
+            raise ValueError(f"{boxed} must be text in UTF-8 with a place for the question; write {{question}} there")
         problems, pool = ([in_box(problem, form) for problem in each] for each in (problems, pool))
-    # One more than needed, because no problem is its own example.
-    pool = [*{problem.question: problem for problem in pool}.values()][:shots + 1]
+    pool = [*{problem.question: problem for problem in pool}.values()][:shots + 1]  # one may be the problem itself
     if len(pool) <= shots:
         raise ValueError(f"{dataset} has too few questions ({len(pool)}) for {shots} examples; use fewer --shots")
     return [replace(problem, examples=tuple(other for other in pool if other.question != problem.question)[:shots])
             for problem in problems]
-
-
-def read_dataset(dataset, split):
-    """The problems of a benchmark or a file."""
-    if dataset in FROM_VIEWER:
-        return read_jsonl(fetch_rows(*FROM_VIEWER[dataset], split))
-    if dataset in MATH:
-        problems = read_jsonl(hf_hub_download("HuggingFaceH4/MATH-500", "test.jsonl", repo_type="dataset"))
-        return [problem for problem in problems if dataset in ("math", f"math-{problem.level}")]
-    if Path(dataset).is_file():
-        return read_jsonl(dataset)
-    raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
-
-
-def read_form(path):
-    """The prompt in a file, without the line break at its end."""
-    try:
-        form = Path(path).read_text(encoding="utf-8").rstrip("\n")
-    except UnicodeError:
-        raise ValueError(f"{path} is not text in UTF-8; give a prompt with {{question}} in it") from None
-    if "{question}" not in form:
-        raise ValueError(f"{path} has no place for the question; write {{question}} there")
-    return form
 
 
 def in_box(problem, form):
@@ -146,8 +128,6 @@ def exact_match(prediction, answer):
     """Whether two answers are the same text, apart from surrounding white space."""
     return prediction.strip() == answer.strip()
 
-
-# Arithmetic: generated, identical on every machine.
 
 def random_sum(rng, n_terms, limit=NUMBERS_BELOW):
     """A question and its answer, as "What is 12 + 7 - 13?" and "6", with numbers below the limit."""
@@ -166,7 +146,7 @@ def is_test(question):
 
 
 def arithmetic(level, size, test=True, limit=NUMBERS_BELOW):
-    """The first `size` distinct test (or training) problems of a level."""
+    """The first `size` distinct test (or training) problems of a level, identical on every machine."""
     rng, answers = random.Random(level), {}
     while len(answers) < size:
         question, answer = random_sum(rng, TERMS_OF_LEVEL[level], limit)
@@ -180,27 +160,24 @@ def by_turns(lists):
     return [item for items in zip(*lists) for item in items]
 
 
-# JSON Lines: one row per line, in any of the forms that `read_row` accepts.
-
 def read_jsonl(path):
-    """The problems of a file. Raises ValueError that names the line and what is wrong with it."""
+    """The problems of a JSON Lines file. Raises ValueError that names the line and what is wrong with it."""
     problems, answers = [], {}
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line, parse_constant=lambda name: None)  # NaN and Infinity are no answers
-                    json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate such as \ud83d
-                    problem = read_row(row, f"{path}, line {number}", position=len(problems))
-                    problems.append(problem)
-                    first, answer = answers.setdefault(problem.question, (number, problem.answer))
-                    if problem.answer != answer:
-                        raise ValueError(f"{path}, line {number}: line {first} answers the same question with "
-                                         f"{answer!r}, this one with {problem.answer!r}; leave one of them out")
-    except UnicodeError:
-        raise ValueError(f"{path} is not text in UTF-8; give a JSON Lines file") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error}); each line must hold one JSON object") from None
+    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # some editors put this mark first
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode(), parse_constant=lambda name: None)  # NaN and Infinity are no answers
+            json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate such as \ud83d
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one object a line") from None
+        problem = read_row(row, f"{path}, line {number}", position=len(problems))
+        problems.append(problem)
+        first, answer = answers.setdefault(problem.question, (number, problem.answer))
+        if problem.answer != answer:
+            raise ValueError(f"{path}, line {number}: line {first} answers the same question with {answer!r}, this "
+                             f"one with {problem.answer!r}; leave one of them out")
     if not problems:
         raise ValueError(f"{path} holds no rows; give a JSON Lines file with at least one")
     return problems
@@ -212,31 +189,28 @@ def read_row(row, where, position):
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'{where}: no question; a row is a JSON object with a text under "question" or "problem"')
     question, choices, texts = question.strip(), (), ()
-    if row.get("choices") is not None:
-        match row["choices"]:
-            case {"text": [*texts], "label": [*labels]} if len(texts) == len(labels):
-                choices, texts = tuple(str(label).strip() for label in labels), tuple(texts)
-            case _:
-                raise ValueError(f'{where}: choices must be {{"text": [...], "label": [...]}}, of equal length')
-        question += listed(choices, texts)
-        answer = str(row.get("answerKey", "")).strip()
-        if answer not in choices:
-            raise ValueError(f"{where}: answerKey {answer!r} is none of the choices {', '.join(choices)}")
-    else:
-        answer = row.get("answer")
-        if isinstance(answer, str) and "####" in answer:  # GSM8K: the solution, then "#### 1,234"
-            answer = answer.rpartition("####")[2].replace(",", "")
+    match row.get("choices"):
+        case None:
+            answer = row.get("answer")
+            if isinstance(answer, str) and "####" in answer:  # GSM8K: the solution, then "#### 1,234"
+                answer = answer.rpartition("####")[2].replace(",", "")
+        case {"text": [*texts], "label": [*labels]} if len(texts) == len(labels):
+            choices = [str(label).strip() for label in labels]
+            question += listed(choices, texts)
+            answer = str(row.get("answerKey", "")).strip()
+            if answer not in choices:
+                raise ValueError(f"{where}: answerKey {answer!r} is none of the choices {', '.join(choices)}")
+        case _:
+            raise ValueError(f'{where}: choices must be {{"text": [...], "label": [...]}}, of equal length')
     text = str(answer).strip()
     if type(answer) not in (str, int, float) or not text or "\n" in text:
         raise ValueError(f'{where}: no answer of one line; a row needs it under "answer", or "answerKey" with choices')
-    return Problem(str(row.get("id", row.get("unique_id", position))), question, text, choices, texts,
-                   row.get("level"))
+    name = str(row.get("id", row.get("unique_id", position)))
+    return Problem(name, question, text, tuple(choices), tuple(texts), row.get("level"))
 
-
-# The hub's dataset viewer serves every dataset as JSON, whatever its format.
 
 def fetch_rows(repo, config, split):
-    """The path of a JSON Lines file with all rows of a hub dataset, fetched once and then kept in the hub's cache."""
+    """The path of a JSON Lines file with all rows of a hub dataset, in the hub's cache; made once by its viewer."""
     file = cached_assets_path("cola", repo, f"{config}--{split}") / "rows.jsonl"
     if file.is_file():
         return file
@@ -274,36 +248,33 @@ class Tokenizer:
 
     def __init__(self, folder, chat=True):
         try:
-            self.read(folder, chat)
+            self.tokenizer = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+            self.decode = self.tokenizer.decode
+            settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+            source, file = settings.get("chat_template"), folder / "chat_template.jinja"
+            if file.is_file():
+                source = file.read_text(encoding="utf-8")
+            elif isinstance(source, list):  # several, by name
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            self.chat = chat and bool(source)
+            if self.chat:
+                special = {name: token["content"] if isinstance(token, dict) else token
+                           for name, token in settings.items() if name.endswith("_token") and token is not None}
+                self.template = compile_template(source, special)
+            ends = read_json(folder / "generation_config.json").get("eos_token_id")
+            ends = read_json(folder / "config.json").get("eos_token_id") if ends is None else ends
+            ids = self.tokenizer.get_vocab().values()  # there may be gaps
+            self.texts = dict(zip(ids, self.tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)))
+            # Trailing white space before the line break does not matter to exact match.
+            self.breaks = {i: text.partition("\n")[0].rstrip() for i, text in self.texts.items() if "\n" in text}
+            self.braces = {i for i, text in self.texts.items() if "}" in text}
+            self.stop = {i for i, before in self.breaks.items() if not before}
+            self.stop |= {int(i) for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise ValueError(f"{folder}: tokenizer.json or a file beside it is missing or malformed ({error!r}); fetch "
                              "the checkpoint again, or use --no-chat if it is the chat template") from None
-
-    def read(self, folder, chat):
-        self.tokenizer = RustTokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        self.decode = self.tokenizer.decode
-        settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-        source, file = settings.get("chat_template"), folder / "chat_template.jinja"
-        if file.is_file():
-            source = file.read_text(encoding="utf-8")
-        elif isinstance(source, list):  # several, by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        self.chat = chat and bool(source)
-        if self.chat:
-            special = {name: token["content"] if isinstance(token, dict) else token
-                       for name, token in settings.items() if name.endswith("_token") and token is not None}
-            self.template = compile_template(source, special)
-        ends = read_json(folder / "generation_config.json").get("eos_token_id")
-        ends = read_json(folder / "config.json").get("eos_token_id") if ends is None else ends
-        ids = self.tokenizer.get_vocab().values()  # there may be gaps
-        self.texts = dict(zip(ids, self.tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)))
-        # Trailing white space before the line break does not matter to exact match.
-        self.breaks = {i: text.partition("\n")[0].rstrip() for i, text in self.texts.items() if "\n" in text}
-        self.braces = {i for i, text in self.texts.items() if "}" in text}
-        self.stop = {i for i, before in self.breaks.items() if not before}
-        self.stop |= {int(i) for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
 
     def encode_text(self, text, special=True):
         """Ids of a text. A rendered chat contains its special tokens; to other text, tokenizer.json adds its own."""
@@ -325,16 +296,13 @@ class Tokenizer:
             both = ids + self.encode_text(answer, special=False)
         return ids, both[len(ids):]
 
-    def fused(self, ids):
-        """The tokens that may end this text in place of the last one, with a line break, such as ")\\n" for ")"."""
+    def fused(self, ids, boxed=False):
+        """Tokens that may end this text in place of its last one: ")\\n" for ")", say, or, of a box, "}$" for "}"."""
         text, before = self.decode(ids).rstrip(), ids[:-1]
+        if boxed:
+            return {i for i in self.braces if self.decode([*before, i]).startswith(text)} - {ids[-1]}
         return {i for i, start in self.breaks.items()
                 if start and self.decode([*before, i]).partition("\n")[0].rstrip() == text}
-
-    def closing(self, ids):
-        """The other tokens that may end this text in place of the last one, such as "}$" for "}"."""
-        text, before = self.decode(ids), ids[:-1]
-        return {i for i in self.braces if self.decode([*before, i]).startswith(text)} - {ids[-1]}
 
     def render(self, messages, answered=False):
         """The conversation as text, up to where the model answers unless it is answered already."""
@@ -349,7 +317,6 @@ def compile_template(source, special):
     """A chat template, in jinja2's sandbox, with what transformers gives to it; special: {name: special token}."""
     def raise_exception(message):
         raise jinja2.TemplateError(message)
-
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
