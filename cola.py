@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch warns, but nothing here needs it
-# How long a waiting torch thread spins; read at its import. By default it keeps others from running on a busy machine.
+# How long a waiting torch thread spins; read when torch is imported. The default starves others on a busy machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 try:
     import torch
@@ -122,8 +122,8 @@ def parse_chain(text, n_layers):
     """"0-5,5,8-11" as a tuple of layers; an empty text is the empty chain. Raises ValueError if malformed."""
     chain = []
     for part in text.split(",") if text.strip() else []:
-        ends = part.split("-", 1)  # one or two
-        if not all(end.strip().isdecimal() for end in ends) or int(ends[0]) > int(ends[-1]):
+        ends = [end.strip() for end in part.split("-", 1)]  # one or two
+        if not all(map(str.isdecimal, ends)) or int(ends[0]) > int(ends[-1]):
             raise ValueError(f"chain {text!r} has a malformed part {part!r}; write layers and ranges: 0-5,5,8-11")
         check_chain([int(ends[-1])], n_layers)
         chain += range(int(ends[0]), int(ends[-1]) + 1)
@@ -283,7 +283,7 @@ def run(args):
 
 
 def exit_on_error(program, command, *arguments):
-    """Runs a command. Bad input (ValueError, OSError) or too little memory ends in one line on stderr and code 2."""
+    """Runs a command. Bad input, an unreachable hub or too little memory ends in one line on stderr and code 2."""
     try:
         command(*arguments)
         print(end="", flush=True)  # so that a closed pipe is noticed here
@@ -299,7 +299,7 @@ def exit_on_error(program, command, *arguments):
             text = "the device has too little memory; use a smaller model, --cache-mb or --batch, or another --device"
         elif isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}; give another path"
-        elif isinstance(error, HTTPError) and not isinstance(error, OSError):  # if the hub answers, both
+        elif isinstance(error, HTTPError) and not isinstance(error, OSError):  # an answer of the hub is both
             text = f"the hub cannot be reached ({text}); try again later"
         elif not isinstance(error, (ValueError, OSError)):  # a bug
             raise

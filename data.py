@@ -210,11 +210,11 @@ def read_row(row, where, position):
 
 
 def fetch_rows(repo, config, split):
-    """The path of a JSON Lines file with all rows of a hub dataset, in the hub's cache; made once by its viewer."""
+    """The path of a JSON Lines file with a hub dataset's rows, fetched once from its viewer into the hub's cache."""
     file = cached_assets_path("cola", repo, f"{config}--{split}") / "rows.jsonl"
     if file.is_file():
         return file
-    viewer = constants.ENDPOINT.replace("https://", "https://datasets-server.")
+    viewer = constants.ENDPOINT.replace("https://", "https://datasets-server.")  # sends any dataset as JSON
     rows, total = [], 1  # at least one, until the viewer says how many
     with tqdm(desc=f"{repo} {split}", unit="row", disable=None) as bar:
         while len(rows) < total:
@@ -297,7 +297,7 @@ class Tokenizer:
         return ids, both[len(ids):]
 
     def fused(self, ids, boxed=False):
-        """Tokens that may end this text in place of its last one: ")\\n" for ")", say, or, of a box, "}$" for "}"."""
+        """Tokens that may replace the last one of a text and end it: ")\\n" for ")" or, if boxed, "}$" for "}"."""
         text, before = self.decode(ids).rstrip(), ids[:-1]
         if boxed:
             return {i for i in self.braces if self.decode([*before, i]).startswith(text)} - {ids[-1]}

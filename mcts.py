@@ -121,7 +121,7 @@ class Search:
         self.value[chain] = reward - score + self.worth[chain]
         if self.learn and self.result.depth_penalty and score > 0 and reward > self.highest:
             self.highest = reward
-            depth = (1 - reward) * self.n_layers / self.result.depth_penalty  # a full score has this reward there
+            depth = (1 - reward) * self.n_layers / self.result.depth_penalty  # at which a full score has this reward
             self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1
 
     def update_policy(self, chains):

@@ -242,7 +242,7 @@ class Experts(nn.Module):
 class Layer(nn.Module):
     """One module of a chain. It adds to the hidden states, so skipping or repeating it leaves them usable.
 
-    `tensors`, {name: tensor} of all layers together, shows their optional parts; `sparse` makes the MLP one of experts.
+    `tensors`, {name: tensor} of all layers, shows their optional parts; `sparse`: the MLP is a mixture of experts.
     """
 
     def __init__(self, config, tensors, sparse):
@@ -262,13 +262,12 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """The decoder. Its parameters are named as in a Hugging Face checkpoint, less the leading "model.".
 
-    `tensors`, {name: tensor} of the checkpoint, shows its optional parts; without, it is a plain Llama.
+    `tensors`, {name: tensor} of the checkpoint, shows its optional parts; without it, this is a plain Llama.
     """
 
     def __init__(self, config, tensors=None):
         super().__init__()
-        tensors = tensors or {}
-        self.config = config
+        self.config, tensors = config, tensors or {}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # Of all layers together, so that loading refuses a layer that lacks what others have.
         of_layers = {name.split(".", 2)[-1]: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
@@ -401,13 +400,12 @@ class Verifier:
         if not len(prompt):
             raise ValueError("the prompt has no tokens; give it at least one")
         to_ids = partial(torch.tensor, dtype=torch.long, device=model.lm_head.weight.device)
-        self.model = model
         # A tokenizer, or its settings, may know ids that the model does not; it never writes those.
         stops, fused = [[i for i in ids or () if 0 <= i < model.config.vocab_size] for ids in (stop, fused)]
         self.answer, self.stop, self.fused = to_ids(answer), None if stop is None else to_ids(stops), to_ids(fused)
         # The positions whose logits predict the answer and, if there is to be one, the stop after it.
         self.positions = slice(len(prompt) - 1, len(prompt) - 1 + max(1, len(answer) + (stop is not None)))
-        self.tokens = to_ids([[*prompt, *answer]])  # [1, T]
+        self.model, self.tokens = model, to_ids([[*prompt, *answer]])  # [1, T]
         self.rope = rope_table(model.config, 0, len(prompt) + len(answer), like=model.embed_tokens.weight)
         self.states = OrderedDict()  # {prefix: the hidden states after it}, the least recently used first
         state_bytes = self.tokens.numel() * model.embed_tokens.weight[0].nbytes

@@ -157,7 +157,8 @@ def test_rows_of_every_format_load_with_the_others_as_examples(row, prompt, answ
 
 
 @pytest.mark.parametrize("content, says", [
-    ("", "no rows"), ("\udcff", "UTF-8"), (r'{"question": "a\ud800b", "answer": "2"}', "UTF-8"),
+    ("", "no rows"), ("\udcff", "line 1: not JSON in UTF-8"),
+    (r'{"question": "a\ud800b", "answer": "2"}', "line 1: not JSON in UTF-8"),
     (json.dumps(CHOICE) + "\nhello", "line 2: not JSON"), ("[" * 10**5, "line 1: not JSON"),
     ("[1]", "line 1: no question; a row is a JSON object"), ({"question": " ", "answer": "1"}, "no question"),
     ({"question": "Q", "answer": True}, "no answer"), ({"question": "Q", "answer": math.nan}, "no answer"),
@@ -1029,6 +1030,8 @@ def test_malformed_study_file_is_refused(tmp_path, refused):
         refused("a.jsonl, line 1 is not as scripts.study writes it", report, write_rows(tmp_path / "a.jsonl", row))
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"{}\n")[:9])
     refused("b.gz, line 0 is not as scripts.study writes it", report, tmp_path / "b.gz")
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\n")
+    refused("a.jsonl, line . is not as scripts.study writes it", study, "--out", tmp_path / "a.jsonl")
     refused("none.jsonl: No such file", report, tmp_path / "none.jsonl")
     refused("empty.jsonl: no lines", report, write_rows(tmp_path / "empty.jsonl"))
 
