@@ -870,7 +870,7 @@ def lines_of(*files):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A study by a process of its own, in a folder that is not there yet."""
+    """A study by a process of its own, in a folder that does not exist yet."""
     out = tmp_path_factory.mktemp("study") / "runs" / "a.jsonl"
     arguments = ["-m", "scripts.study", "--out", out, "--simulations=20", "--samples=0:12"]
     subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
@@ -928,24 +928,24 @@ def test_study_trusts_only_generate(verdict, tmp_path, monkeypatch):
 
 
 def test_resumed_study_equals_an_uninterrupted_one(uninterrupted, tmp_path, capsys, monkeypatch):
-    """Each line is on disk before the next sample begins. One that is torn is done again."""
+    """Each line is on disk before the next sample begins. An incomplete one is done again."""
     out, torn, sample = tmp_path / "a.jsonl", tmp_path / "torn.jsonl", cola.Sample
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         interrupt = Mock(side_effect=KeyboardInterrupt)
         patch.setattr(cola, "Sample", lambda *given: (sample if len(lines_of(out)) < 2 else interrupt)(*given))
         run_study(out)
-    assert capsys.readouterr().err == "study: 2 of 12 samples are done; the same command goes on\n"
+    assert capsys.readouterr().err == "study: 2 of 12 samples are done; run the same command to resume\n"
     assert len(lines_of(out)) == 2 and run_study(out) == lines_of(uninterrupted)
     torn.write_bytes(uninterrupted.read_bytes()[:-40])
     assert run_study(torn) == lines_of(uninterrupted)
-    assert f"{torn}: the last line was torn" in capsys.readouterr().err
+    assert f"{torn}: the last line was incomplete" in capsys.readouterr().err
 
 
 def test_study_refuses_to_resume_with_other_settings(uninterrupted, refused):
     before = uninterrupted.read_bytes()
     for says, *more in [("seed 0, now 1; give another --out$", "--seed=1"), ("without .gz", "--out=a.jsonl.gz"),
                         ("simulations 20, now 30.* decoy True, now False", "--simulations=30", "--no-decoy"),
-                        ("FIRST < END", "--samples=5:5"), ("more than the 2000", "--samples=0:2001"),
+                        ("FIRST < END", "--samples=5:5"), ("beyond the 2000", "--samples=0:2001"),
                         ("FIRST:END", "--samples=3")]:
         refused(says, study, "--out", uninterrupted, "--samples=0:12", "--simulations=20", *more)
     assert uninterrupted.read_bytes() == before
@@ -1196,7 +1196,7 @@ def test_export_refuses_invalid_input(refused, monkeypatch, tmp_path):
     checkpoint(tmp_path / "lacking", tensors=dict.fromkeys(name for name in TINY_TENSORS if "layers.3." in name))
     checkpoint(tmp_path / "broken", {"model.safetensors": (cola.TINY / "model.safetensors").read_bytes()[:-9]})
     for says, *more in [("layers 0 to 11", "--chain=0-12"), ("at least one", "--chain="), ("empty folder", "--out=old"),
-                        ("neither a folder", "--model=nowhere"), ("stay as it is", "--model=old", "--out=old/new"),
+                        ("neither a folder", "--model=nowhere"), ("inside the source", "--model=old", "--out=old/new"),
                         ("complete|whole", "--model=broken"), ("lacks", "--model=lacking", "--out=other")]:
         refused(says, export, "--chain=0-5", "--out=new", *more)
     assert not [*tmp_path.glob("new/config.json"), *tmp_path.glob("other/config.json"), *tmp_path.glob("old/*.md")]
@@ -1224,7 +1224,7 @@ def test_training_resumes_only_from_its_own_state(tmp_path, monkeypatch, command
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == trained
     refused("not the state of a run with these settings; give another --state", train_tiny, *arguments, 3)
     (tmp_path / "state").write_bytes(b"garbage" * 99)
-    refused("not a whole safetensors file .* give another --state", train_tiny, *arguments, 2)
+    refused("not a complete safetensors file .* give another --state", train_tiny, *arguments, 2)
 
 
 # scripts/compare_search.py, scripts/bench.py and scripts/growth.py

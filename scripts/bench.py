@@ -205,7 +205,7 @@ def main(args):
             lines.append(row(label, total))
 
     print(f"torch {torch.__version__}, threads: {', '.join(threads)}, {weight.device}, {weight.dtype};",
-          f"transformers {transformers.__version__};" if transformers else "(a) left out, for want of transformers;",
+          f"transformers {transformers.__version__};" if transformers else "no (a), as transformers is not installed;",
           f"(a), (b), (c) on {args.subset} random chains a sample of those of (d)\n")
     print("| case | tokens | chains | (a) ms | (b) ms | (c) ms | (d) ms | a/d, b/d, c/d | steps run | mean batch "
           "| outside verifier | of GEMM rate | verdicts differ |")

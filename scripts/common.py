@@ -27,7 +27,7 @@ def parse_samples(text, count):
     if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
         raise ValueError(f"samples {text!r} are not FIRST:END with FIRST < END; write 0:{count} for all")
     if int(end) > count:
-        raise ValueError(f"samples {text} are more than the {count} that there are; give an END of {count} at most")
+        raise ValueError(f"samples {text} go beyond the {count} available; give an END of at most {count}")
     return range(int(first), int(end))
 
 
@@ -95,7 +95,7 @@ SETTINGS = {"model": str, "dataset": str, "revision": str | None, "shots": int, 
 
 
 def files_of(path):
-    """A study's file and those that its ranks wrote beside it, as far as they are there."""
+    """A study's file and those that its ranks wrote beside it, if they exist."""
     ranks = path.parent.glob(f"{glob.escape(path.stem)}.rank[0-9]*{glob.escape(path.suffix)}")
     return [file for file in [path, *sorted(ranks)] if file.exists()]
 
@@ -112,7 +112,7 @@ def read_lines(path):
                                                                for name, kind in SETTINGS.items())):
                         raise ValueError("a field is missing, or of another kind")
     except (ValueError, AttributeError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}, line {number} is not as scripts.study writes it ({error}); take it out") from None
+        raise ValueError(f"{path}, line {number} is not as scripts.study writes it ({error}); remove it") from None
     return lines
 
 
@@ -140,7 +140,7 @@ def read_done(out, own, settings):
 
     Args:
       out: the file given, beside which those of the ranks stand.
-      own: the one that this process will append to; what another run left torn at its end is cut off.
+      own: the one that this process will append to; an incomplete last line is cut off.
     """
     if own.exists():
         if not own.is_file():
@@ -149,7 +149,7 @@ def read_done(out, own, settings):
             content = file.read()
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
-                print(f"{own}: the last line was torn; dropped it, its sample runs again", file=sys.stderr)
+                print(f"{own}: the last line was incomplete; removed it, its sample runs again", file=sys.stderr)
                 file.truncate(whole)
     done = {}
     for path in files_of(out):

@@ -12,7 +12,7 @@ idea after the other out of it; `special` narrows the window of actions to earli
   lift: corrected less decoys, over the wrong samples that have a decoy.
 "against the first" is the mean difference to the first row, paired by sample and seed. Intervals are of 95 % over
 samples: normal for a mean, Wilson for a share, Newcombe for the lift. Smaller budgets are read off the same runs.
-Sample i is searched with seeds --seed + i, --seed + 1000 + i, ... of which there are --seeds.
+Sample i is searched --seeds times, with the seeds --seed + i, --seed + 1000 + i, ...
 """
 import argparse
 import random
@@ -115,7 +115,7 @@ def main(args):
     full = tuple(range(len(model.layers)))
     searches = {label: row for label, row in tables(args).items() if not args.only or label in args.only}
     if len(searches) < len(args.only or searches):
-        raise ValueError(f"--only names a row that is not there; {args.table!r} has {', '.join(tables(args))}")
+        raise ValueError(f"--only names an unknown row; {args.table!r} has {', '.join(tables(args))}")
     answers = [cola.Sample(model, tokenizer, problems[i], 0).answer(full) for i in samples]
     correct = [ok for _, ok in answers]
     decoys = [None if ok or args.no_decoy else decoy_of(tokenizer, problems[i], problems, text, args.seed + i)

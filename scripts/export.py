@@ -5,7 +5,7 @@
 
 A layer that the chain loops is written once for each time: every step is a layer of its own, with its own keys and
 values. Weights are copied unchanged, each file to one of the same name, which loops make larger. config.json is
-written last: a folder without it is an export that was broken off.
+written last: a folder without it is an interrupted export.
 """
 import json
 import re
@@ -99,8 +99,8 @@ def copy_weights(file, out, chain):
         if new:  # else the chain skips all that the file holds
             save_tensors(new, out / file.name, **{"format": "pt"} | (stored.metadata() or {}))
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file, or there is no room in {out} ({error}); "
-                         "fetch the one again, or make room in the other") from None
+        raise ValueError(f"{file} is incomplete, or {out} has no space left ({error}); fetch the file "
+                         "again, or free some space") from None
     return old, new
 
 
@@ -113,7 +113,7 @@ def new_folder(out, folder):
     """The folder to export to, made if need be. Raises ValueError unless it is new or empty, and outside the source."""
     out = Path(out)
     if folder.resolve() in out.resolve().parents:
-        raise ValueError(f"{out} lies in {folder}, which is to stay as it is; give another folder")
+        raise ValueError(f"{out} is inside the source checkpoint {folder}; give another folder")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} must be a new or an empty folder; remove it or give another")
     out.mkdir(parents=True, exist_ok=True)

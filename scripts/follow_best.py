@@ -1,7 +1,7 @@
 """A search to measure `mcts.search` against: the one it replaced. UCT over append/stop that sees no promise.
 
 Its policy follows one chain, the shortest correct one so far (the full-depth chain until there is one), leaves it now
-and then to skip, loop or stop, and goes on from where it meets it again. Each new best chain starts a new tree.
+and then to skip, loop or stop, and resumes where it meets the chain again. Each new best chain starts a new tree.
 """
 import math
 import random

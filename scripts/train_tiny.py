@@ -5,7 +5,7 @@
 
 A 12-layer decoder learns the sums that data.py generates, of 2 to 5 numbers: levels 1 to 3 have 3 to 5. Levels 4 and 5
 are longer than anything it sees here, and test problems are never trained on, at any level. Every step's batch follows
-from the seed and the number of the step. The state is saved now and then; the same command goes on from there.
+from the seed and the number of the step. The state is saved now and then; the same command resumes from there.
 """
 import json
 import random
@@ -116,12 +116,12 @@ def print_accuracy(folder, levels):
 
 
 def read_state(path, run):
-    """The steps done and the tensors of a saved state. Raises ValueError if it is none, or not of this run."""
+    """The steps done and the tensors of a saved state. Raises ValueError if it is malformed or of another run."""
     try:
         with safe_open(path, "pt") as saved:
             about, tensors = saved.metadata() or {}, {name: saved.get_tensor(name) for name in saved.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); give another --state") from None
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); give another --state") from None
     if about.get("run") != run:
         raise ValueError(f"{path} is not the state of a run with these settings; give another --state")
     return int(about["step"]), tensors
