@@ -142,7 +142,7 @@ def format_chain(chain):
 
 
 def draw(chain, n_layers):
-    """A chain as lines of text; each loop back begins a new line. "." is skipped in its line, "x" cut off at the end.
+    """A chain as lines of text; each loop back begins a new line. ".": skipped in that line; "x": cut off at the end.
 
         layers   0 1 2 3 4 5
         first    0 1 . 3
@@ -161,7 +161,7 @@ def draw(chain, n_layers):
 
 
 def explain(chain, n_layers):
-    """What a chain does, in words."""
+    """What a chain does, in words; it reorders the layers that first run after a higher one."""
     top = max(chain, default=-1)
     late = [layer for i, layer in enumerate(chain) if layer not in chain[:i] and layer < max(chain[:i], default=0)]
     parts = [("skips", [layer for layer in range(top) if layer not in chain]),
@@ -195,11 +195,11 @@ class Sample:
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb, self.fused)
 
     def answer(self, chain):
-        """The text that greedy decoding writes under a chain, and whether it is the correct answer."""
+        """The text that greedy decoding writes under a chain, and whether it is the correct one, `problem.answer`."""
         stop_after = self.tokenizer.breaks.keys() | (self.tokenizer.braces if self.problem.form else set())
         limit = max(32, len(self.target) + 1) if self.stop or self.problem.form else len(self.target)
         ids = self.model.generate(self.prompt, chain, limit, self.tokenizer.stop, stop_after)
-        ended = not self.stop or len(ids) < limit or ids[-1] in stop_after
+        ended = not self.stop or len(ids) < limit or ids[-1] in stop_after  # not cut off at the limit
         text = self.read(ids)
         return text, ended and data.exact_match(text, self.problem.answer)
 
@@ -299,7 +299,7 @@ def exit_on_error(program, command, *arguments):
             text = "the device has too little memory; use a smaller model, --cache-mb or --batch, or another --device"
         elif isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}; give another path"
-        elif isinstance(error, HTTPError) and not isinstance(error, OSError):  # an answer of the hub is both
+        elif isinstance(error, HTTPError) and not isinstance(error, OSError):  # a reply from the hub is both
             text = f"the hub cannot be reached ({text}); try again later"
         elif not isinstance(error, (ValueError, OSError)):  # a bug
             raise

@@ -41,7 +41,7 @@ DATE = datetime(2024, 7, 26)  # given to chat templates as today, so that prompt
 
 @dataclass(frozen=True)
 class Problem:
-    """One sample."""
+    """A question with its correct answer and its prompt, as text; cola.py's `Sample` holds it as token ids."""
     id: str  # its name in the dataset
     question: str  # the text, including any choices
     answer: str  # what the model has to write; for multiple choice a label such as "B"
@@ -49,7 +49,7 @@ class Problem:
     texts: tuple = ()  # what the labels stand for
     level: int | None = None  # its difficulty, if the dataset has levels
     examples: tuple = ()  # worked examples to show before it, as Problems
-    form: str | None = None  # a prompt with {question} in it that asks for an answer in a box; None: the form above
+    form: str | None = None  # its prompt, with {question} in it, if it asks for a box; None: the one at the top
 
     @property
     def formatted(self):

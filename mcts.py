@@ -4,7 +4,7 @@ A node of the tree is a prefix of a chain. After a prefix whose last layer is l,
 l + 1 - max_loop (below l + 1: a loop) to l + 1 + max_skip (above: a skip), or to stop, which completes the chain.
 
 The policy provides the tree's priors and the rollouts. After a layer it does what chains of the elite, the most
-valuable short ones so far, do next; about once in n_layers steps it departs from that as the weights `departures` say.
+valuable short ones so far, do next; about once per chain it departs from that, as the weights `departures` say.
 
 References: [1] UCT, Kocsis & Szepesvari 2006. [2] PUCT (UCT with priors), Silver et al. 2016 (AlphaGo).
 CoLa, arXiv 2507.07996, section 3: its search edits whole chains by blocks; ours builds them layer by layer.
@@ -20,7 +20,7 @@ from itertools import accumulate, pairwise
 from numbers import Real
 
 ELITE = 16  # chains in the elite; results/search_ablation.md shows what this and the other constants are worth
-SHARPNESS = 3  # a transition counts as much as the worth of its chain to this power
+SHARPNESS = 3  # each transition of an elite chain counts with the chain's worth to this power
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
 MISSES = 1000  # walks without a new chain after which a batch is scored as it is
@@ -64,12 +64,12 @@ class Node:
 
     def select(self, priors, exploration):
         """The action with the highest bound, or None if all are closed. `priors` lists the most likely action first."""
-        width, bounds = exploration * math.sqrt(self.visits), {}
+        scale, bounds = exploration * math.sqrt(self.visits), {}
         for action, prior in priors.items():
-            if action not in self.children:  # n is 0 and Q this node's mean (first-play urgency)
-                bounds[action] = self.total / self.visits + width * prior
+            if action not in self.children:  # n is 0, and Q its parent's mean (first-play urgency)
+                bounds[action] = self.total / self.visits + scale * prior
                 break  # other untried actions have lower priors
-        bounds |= {action: child.bound(width * priors[action])
+        bounds |= {action: child.bound(scale * priors[action])
                    for action, child in self.children.items() if not child.closed}
         return max(bounds, key=bounds.get, default=None)
 
@@ -80,8 +80,8 @@ class Search:
     Attributes:
       worth: {chain: its score or, if 0, exp(promise)}, the geometric mean of the answer's token probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
-      limit: the greatest depth to try: 2 * n_layers, or where a full score just beats `highest` (branch and bound).
-      elite: the ELITE chains of highest value, correct or wrong, among those of at most limit + 1 steps.
+      limit: the greatest depth to try: 2 * n_layers, or where a score of 1 just beats `highest`, the best reward.
+      elite: the ELITE chains of highest value, correct or wrong, no deeper than limit + 1, a correct best's depth.
       table: the elite's transitions, {layer: {action: weight}}; `policy` is `policy_after` with a cache.
       departures: the argument, scaled so that a walk along the full-depth chain departs from it about once.
     """
@@ -93,7 +93,7 @@ class Search:
         self.stop = n_layers  # as if it were the layer after the last, so it is likelier near the end
         self.result, self.root, self.value, self.worth = Result({}, n_layers, depth_penalty), Node(), {}, {}
         actions = range(n_layers + 1)
-        others = [[j for j in (*self.window(i - 1), self.stop) if j != i] for i in actions]  # instead of i
+        others = [[j for j in (*self.window(i - 1), self.stop) if j != i] for i in actions]  # to replace i, after i - 1
         if departures is None:
             near = [[(1 if i < j else 0.5) / max(1, abs(i - j)) for j in actions] for i in actions]
             departures = [[weight / (sum(near[i][j] for j in others[i]) or 1) for weight in near[i]] for i in actions]
@@ -122,7 +122,7 @@ class Search:
         if self.learn and self.result.depth_penalty and score > 0 and reward > self.highest:
             self.highest = reward
             depth = (1 - reward) * self.n_layers / self.result.depth_penalty  # at which a full score has this reward
-            self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1
+            self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1  # branch and bound; 1e-6: rounding
 
     def update_policy(self, chains):
         """Updates the elite with these chains and, if it changed, counts its transitions anew."""
@@ -137,34 +137,34 @@ class Search:
                         self.table[last][action] += weight
 
     def policy_after(self, last):
-        """{action: probability} after a layer (-1: at the beginning), most likely first; its keys; cumulative sums."""
-        row, actions, priors = self.table.get(last, {last + 1: 1}), (*self.window(last), self.stop), defaultdict(float)
-        total = sum(row.values())
+        """After a layer (-1: none yet): {action: probability}, most likely first; its actions; its cumulative sums."""
+        row = self.table.get(last, {last + 1: 1})  # after a layer that no elite chain has, the next one
+        actions, total, priors = (*self.window(last), self.stop), sum(row.values()), defaultdict(float)
         for usual, weight in row.items():
-            odds = {action: self.departures[usual][action] for action in actions if action != usual}
-            departure = sum(odds.values())  # reduced to 1/2 if it is more
+            others = {action: self.departures[usual][action] for action in actions if action != usual}
+            departure = sum(others.values())  # how likely it is; at most 1/2 below
             priors[usual] += weight / total * max(0.5, 1 - departure)
-            for action, probability in odds.items():
+            for action, probability in others.items():
                 priors[action] += weight / total * probability / max(1, 2 * departure)
         priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
         return priors, [*priors], [*accumulate(priors.values())][:-1]  # the last may be rounded to below 1
 
     def select_and_expand(self):
-        """Walks down to a node of fewer than MATURE visits, maybe a new one: the nodes, and the actions after a -1."""
+        """Walks down to a node of fewer than MATURE visits, maybe a new one; returns the nodes and [-1, *actions]."""
         node, path, actions = self.root, [self.root], [-1]
         while self.learn and node.visits >= MATURE and not node.closed:
             action = node.select(self.policy(actions[-1])[0], self.exploration)
             if action is None:  # nothing new is below
                 node.closed = True
                 break
-            node = node.children[action]
+            node = node.children[action]  # for an untried action a new Node: the expansion
             path.append(node)
             actions.append(action)
             node.closed = action == self.stop or len(actions) > self.limit
         for node in path:
             node.visits += 1  # before the value is known, like a virtual loss: so that a batch spreads out
         if node.closed and actions[-1] != self.stop:
-            actions.append(self.stop)  # at the limit a chain can only stop; below other closed nodes nothing is new
+            actions.append(self.stop)  # at the limit a chain can only stop; elsewhere this one is known, a miss
         return path, actions
 
     def roll_out(self, start, pending):
@@ -199,11 +199,11 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
         is). If it allows few chains (about one in 1,000), the search may end before it finds them.
       departures: weights such as those of `Verifier.departures`, [n_layers + 1][n_layers + 1]: [i][j] for taking action
-        j where an elite chain takes i (n_layers: stop). Only their ratios matter. None: every action is departed from
-        equally often, for j in proportion to 1 / |i - j|, half that if j < i.
+        j where an elite chain takes i (n_layers: stop). Only their ratios matter. None: every action i is departed from
+        equally often, to j in proportion to 1 / |i - j|, or to half that if j < i.
       batch: chains to score at a time.
-      learn, promise: False is a control that draws chains around the full-depth chain without a tree, or one that
-        ignores promises; cola.py's `--search random` and `--search blind`, which pass no `departures` either.
+      learn, promise: False for controls: learn=False draws chains around the full-depth chain without a tree (cola.py's
+        `--search random`), promise=False ignores promises (`--search blind`). cola.py passes neither `departures`.
     Raises ValueError for a number out of range, and for scores that are malformed or not one for each chain.
     """
     max_skip = n_layers if max_skip is None else max_skip
@@ -226,7 +226,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         state.update_policy(pending)
         pending, misses = {}, 0
         while len(pending) < min(batch, simulations - len(state.value)):
-            # An empty batch goes on until the tree is closed, so that no chain is missed; `allowed` may prevent that.
+            # An empty batch is filled until the tree is closed, or with `allowed` or no tree for MISSES walks.
             if state.root.closed or (misses >= MISSES and (pending or allowed or not learn)):
                 if pending or state.limit == 2 * n_layers:
                     break

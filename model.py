@@ -378,10 +378,10 @@ class Verifier:
     if, in a pass over prompt + answer, each of its tokens is the argmax given all tokens before it. So there is no
     decoding loop and no key/value cache, and the head runs on the answer's positions only.
 
-    Shared prefixes. Chains that begin alike share their hidden states, which are kept by prefix, up to `cache_mb`.
+    Shared prefixes. A prefix that several chains share runs once. Its hidden states are kept, up to `cache_mb`.
 
-    Wavefront. The chains whose next layer has the lowest index run next, as one batch, while the others wait and join
-    them: a layer's weights are read once for many chains. For (0 1 2 3), (0 2 3) and (0 1 1 2):
+    Wavefront. The chains whose next layer is the lowest run it as one batch, so its weights are read once; the others
+    wait for them to catch up. For (0 1 2 3), (0 2 3) and (0 1 1 2), 8 layer steps instead of 11:
 
         batch          1    2           3        4                     5
         layer          0    1           1        2                     3
@@ -410,7 +410,7 @@ class Verifier:
         self.states = OrderedDict()  # {prefix: the hidden states after it}, the least recently used first
         state_bytes = self.tokens.numel() * model.embed_tokens.weight[0].nbytes
         self.capacity = max(0, cache_mb) * 2 ** 20 // state_bytes  # of `states`
-        self.steps_asked = self.steps_run = 0  # layer steps so far: as if each chain ran by itself, and those run
+        self.steps_asked = self.steps_run = 0  # layer steps of all chains so far, and those run for them
 
     def __call__(self, chains):
         """A list of chains to a list of bool: whether each is correct."""
@@ -453,8 +453,8 @@ class Verifier:
         """Weights for `mcts.search`: a first-order guess at how well each single edit of the full-depth chain does.
 
         Entry [i][j] is for layer j reading the hidden states that layer i usually reads (n_layers: the final norm): for
-        i < j a skip of layers i to j - 1, for i > j a loop back to j. The weight is exp(gradient * tanh(effect)),
-        divided by far ** distance; an ablation sets either argument to 0.
+        i < j a skip of layers i to j - 1, for i > j a loop back to j. The weight is exp(gradient * tanh(effect)) /
+        far ** distance; the arguments say how much effect and far count (0: not at all, for an ablation).
         effect: the first-order change of promise, the gradient at layer j times the change of the states that it reads
           (attribution patching, arXiv 2310.10348); bounded, because it is unreliable for large changes.
         far: 1 - cosine similarity of the two states, mean over tokens; at least 0.001.
@@ -468,7 +468,7 @@ class Verifier:
         states = torch.cat(states).detach().float()  # [n_layers + 1, T, hidden_size]
         directions = F.normalize(states, dim=-1).flatten(1)
         far = 1 - directions @ directions.T / states.shape[1]
-        effect = states.flatten(1) @ gradients.T - (states.flatten(1) * gradients).sum(1)
+        effect = states.flatten(1) @ gradients.T - (states.flatten(1) * gradients).sum(1)  # (s_i - s_j) . g_j
         # States or logits that overflow give NaN.
         return ((gradient * effect.nan_to_num().tanh()).exp() / far.nan_to_num(1).clamp(min=1e-3) ** distance).tolist()
 
@@ -480,7 +480,7 @@ class Verifier:
             # The lowest layer first: most chains climb, so those that lag catch up with those that wait.
             layer = min(chain[steps] for chain, steps in pending.items())
             ready = [(chain, steps + 1) for chain, steps in pending.items() if chain[steps] == layer]
-            batch = {chain[:end]: progress[chain][1] for chain, end in ready}
+            batch = {chain[:end]: progress[chain][1] for chain, end in ready}  # each shared prefix once
             outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(1)
             self.steps_run += len(batch)
             # Cloned, because a kept view would hold its whole batch in memory.
