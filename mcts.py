@@ -97,6 +97,8 @@ class Search:
         if departures is None:
             near = [[(1 if i < j else 0.5) / max(1, abs(i - j)) for j in actions] for i in actions]
             departures = [[weight / (sum(near[i][j] for j in others[i]) or 1) for weight in near[i]] for i in actions]
+        elif {len(departures), *map(len, departures)} != {n_layers + 1}:
+            raise ValueError(f"departures must be a table of n_layers + 1 = {n_layers + 1} rows and columns")
         total = sum(departures[i][j] for i in actions for j in others[i])
         self.departures = [[weight / total for weight in row] for row in departures]
         self.highest, self.limit, self.elite = -math.inf, 2 * n_layers, []
@@ -111,8 +113,8 @@ class Search:
         score, promise = score if isinstance(score, (tuple, list)) and len(score) == 2 else (score, None)
         if not (isinstance(score, Real) and 0 <= score <= 1  # false for NaN
                 and (promise is None or isinstance(promise, Real) and promise <= 0)):
-            raise ValueError(f"the score of chain {list(chain)} is {score!r}, its promise {promise!r}; return a number "
-                             "in [0, 1], or it and a number of at most 0")
+            raise ValueError(f"the score of chain {list(chain)} is {score!r}, its promise {promise!r}; return a Python "
+                             "number in [0, 1], or it and one of at most 0")
         self.result.evaluated[chain] = score
         if promise is not None and self.use_promise:
             self.result.promises[chain] = promise
@@ -204,7 +206,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       batch: chains to score at a time.
       learn, promise: False for controls: learn=False draws chains around the full-depth chain without a tree (cola.py's
         `--search random`), promise=False ignores promises (`--search blind`). cola.py passes neither `departures`.
-    Raises ValueError for a number out of range, and for scores that are malformed or not one for each chain.
+    Raises ValueError for a number out of range, a table of another size, and scores that are malformed or not one for
+    each chain.
     """
     max_skip = n_layers if max_skip is None else max_skip
     for name, value, least in [("n_layers", n_layers, 1), ("simulations", simulations, 1), ("batch", batch, 1),

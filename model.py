@@ -472,8 +472,9 @@ class Verifier:
         # States or logits that overflow give NaN.
         return ((gradient * effect.nan_to_num().tanh()).exp() / far.nan_to_num(1).clamp(min=1e-3) ** distance).tolist()
 
+    @torch.inference_mode()
     def run(self, chains):
-        """The hidden states at `positions` after each of the chains, [chains, len(positions), hidden_size]."""
+        """The hidden states at `positions` after each of the chains (tuples), [chains, len(positions), hidden_size]."""
         self.steps_asked += sum(map(len, chains))
         progress = {chain: self.recall(chain) for chain in chains}  # {chain: (steps done, hidden states after them)}
         while pending := {chain: steps for chain, (steps, _) in progress.items() if steps < len(chain)}:

@@ -695,6 +695,9 @@ def test_malformed_scores_and_settings_out_of_range_are_refused():
                         ("depth_penalty", -0.1), ("depth_penalty", math.nan), ("exploration", math.inf)]:
         with pytest.raises(ValueError, match=f"{name} must be"):
             mcts.search(planted((1,)), **{"n_layers": 4, name: value})
+    for rows, columns in [(4, 5), (5, 4), (6, 6)]:
+        with pytest.raises(ValueError, match="departures must be a table of n_layers . 1 = 5 rows and columns"):
+            mcts.search(planted((1,)), 4, departures=[[1] * columns] * rows)
 
 
 # cola.py
@@ -1113,7 +1116,7 @@ def test_fit_validates_its_input_before_the_search(refused, monkeypatch, tmp_pat
     write_rows(tmp_path / "rows.jsonl", *({"question": "Q " * n, "answer": "1"} for n in (1, 2, 3, 4, 5, 600)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cola, "search", lambda *_: pytest.fail("the search began"))
-    for says, *more in [("sample 5: .* positions",), ("stay as", "--export=m/new"), ("keep them apart", "--test=2:6")]:
+    for says, *more in [("sample 5: .* positions",), ("inside", "--export=m/new"), ("keep them apart", "--test=2:6")]:
         refused(says, fit, "--model=m", "--dataset=rows.jsonl", "--fit=0:3", "--test=3:6", *more)
 
 
