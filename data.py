@@ -49,7 +49,7 @@ class Problem:
     texts: tuple = ()  # what the labels stand for
     level: int | None = None  # its difficulty, if the dataset has levels
     examples: tuple = ()  # worked examples to show before it, as Problems
-    form: str | None = None  # its prompt, with {question} in it, if it asks for a box; None: the one at the top
+    form: str | None = None  # its prompt, with {question} in it, if it asks for a box; None: the one shown above
 
     @property
     def formatted(self):
@@ -171,7 +171,7 @@ def read_jsonl(path):
             row = json.loads(line.decode(), parse_constant=lambda name: None)  # NaN and Infinity are no answers
             json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate such as \ud83d
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one object a line") from None
+            raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one object per line") from None
         problem = read_row(row, f"{path}, line {number}", position=len(problems))
         problems.append(problem)
         first, answer = answers.setdefault(problem.question, (number, problem.answer))

@@ -81,7 +81,7 @@ class Search:
       worth: {chain: its score or, if 0, exp(promise)}, the geometric mean of the answer's token probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
       limit: the greatest depth to try: 2 * n_layers, or where a score of 1 just beats `highest`, the best reward.
-      elite: the ELITE chains of highest value, correct or wrong, no deeper than limit + 1, a correct best's depth.
+      elite: the ELITE chains of highest value, correct or wrong, no deeper than a correct best chain: limit + 1.
       table: the elite's transitions, {layer: {action: weight}}; `policy` is `policy_after` with a cache.
       departures: the argument, scaled so that a walk along the full-depth chain departs from it about once.
     """
@@ -166,7 +166,7 @@ class Search:
         for node in path:
             node.visits += 1  # before the value is known, like a virtual loss: so that a batch spreads out
         if node.closed and actions[-1] != self.stop:
-            actions.append(self.stop)  # at the limit a chain can only stop; elsewhere this one is known, a miss
+            actions.append(self.stop)  # at the limit a chain can only stop; elsewhere this one is known: a miss
         return path, actions
 
     def roll_out(self, start, pending):
@@ -205,8 +205,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         equally often, to j in proportion to 1 / |i - j|, or to half that if j < i.
       batch: chains to score at a time.
       learn, promise: False for controls: learn=False draws chains around the full-depth chain without a tree (cola.py's
-        `--search random`), promise=False ignores promises (`--search blind`). cola.py passes neither `departures`.
-    Raises ValueError for a number out of range, a table of another size, and scores that are malformed or not one for
+        `--search random`), promise=False ignores promises (`--search blind`). cola.py gives `departures` to neither.
+    Raises ValueError for a number out of range, departures of another size, and scores that are malformed or not one for
     each chain.
     """
     max_skip = n_layers if max_skip is None else max_skip
