@@ -206,8 +206,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       batch: chains to score at a time.
       learn, promise: False for controls: learn=False draws chains around the full-depth chain without a tree (cola.py's
         `--search random`), promise=False ignores promises (`--search blind`). cola.py gives `departures` to neither.
-    Raises ValueError for a number out of range, departures of another size, and scores that are malformed or not one for
-    each chain.
+    Raises ValueError for a number out of range, departures of another size, and malformed scores or not one per chain.
     """
     max_skip = n_layers if max_skip is None else max_skip
     for name, value, least in [("n_layers", n_layers, 1), ("simulations", simulations, 1), ("batch", batch, 1),
