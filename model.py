@@ -303,9 +303,9 @@ class Llama(nn.Module):
             with torch.device("meta"):  # no memory yet: the tensors become the parameters
                 model = cls(config, weights).requires_grad_(False)
             model.load_state_dict(weights, assign=True)
-        except (RuntimeError, TypeError, SafetensorError) as error:
+        except (OSError, RuntimeError, TypeError, SafetensorError) as error:
             raise ValueError(f"{path}: the weights are incomplete or do not match config.json ({str(error)[:300]}); "
-                             "fetch the checkpoint again") from None
+                             "fetch the checkpoint again, with safetensors") from None
         for name, parameter in model.named_parameters():
             if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 raise ValueError(f"{path}: tensor {name} is {parameter.dtype}; use a checkpoint that is not quantized")
@@ -529,14 +529,11 @@ def fetch(path_or_repo, revision=None):
 
 
 def weight_files(path):
-    """The checkpoint's safetensors files: the single one or, without it, those that the index names."""
-    names, index = ["model.safetensors"], path / "model.safetensors.index.json"
-    if not (path / names[0]).is_file() and index.is_file():
-        try:
-            names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{index} is not an index of weights ({error!r}); fetch the checkpoint again") from None
-    for name in names:
-        if Path(str(name)).name != name or not (path / name).is_file():
-            raise FileNotFoundError(f"{path / str(name)} is missing; a checkpoint needs its weights as safetensors")
-    return [path / name for name in names]
+    """The paths of the checkpoint's safetensors: the single file or, without it, those that the index names."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single]
+    try:
+        return [path / name for name in sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{index} is not an index of weights ({error!r}); fetch the checkpoint again") from None

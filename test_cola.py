@@ -563,9 +563,9 @@ def test_config_with_absent_parts_or_a_sliding_window(settings, positions, tmp_p
     ({"num_hidden_layers": 10**7}, "too few"), ({"num_hidden_layers": 13}, "Missing .*layers.12"),
     ({"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20}, "size mismatch"),
     ({"files": {"config.json": None}}, "neither a folder with"), ({"files": {"config.json": "{"}}, "not describe"),
-    ({"files": {"model.safetensors": None}}, "missing"), ({"files": {"model.safetensors": b"?" * 99}}, "complete"),
+    ({"files": {"model.safetensors": None}}, "No such file"), ({"files": {"model.safetensors": b"?" * 99}}, "complete"),
     *[({"files": {"model.safetensors": None, INDEX: index}}, says) for index, says in
-      [("{}", "not an index of weights"), ('{"weight_map": {"x": "../m/config.json"}}', "missing")]],
+      [("{}", "not an index of weights"), ('{"weight_map": {"x": "y"}}', "No such file")]],
     ({"tensors": {"x": torch.zeros(2)}}, "Unexpected .*x"), ({"sliding_window": -5}, "model's -5 positions"),
     ({"tensors": {"model.embed_tokens.weight": None}}, "Missing"), ({"files": {"tokenizer.json": "{"}}, "malformed"),
     *[({"tensors": {"model.norm.weight": weight * torch.ones(64)}}, "NaN or infinity as torch.bfloat16; use another")

@@ -98,7 +98,7 @@ def copy_weights(file, out, chain):
         new = {name: tensor for old_name, tensor in old.items() for name in new_names(old_name, chain)}
         if new:  # else the chain skips all that the file holds
             save_tensors(new, out / file.name, **{"format": "pt"} | (stored.metadata() or {}))
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is incomplete, or {out} has no space left ({error}); fetch the file "
                          "again, or free some space") from None
     return old, new
