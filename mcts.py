@@ -23,7 +23,7 @@ ELITE = 16  # chains in the elite; results/search_ablation.md shows what this an
 SHARPNESS = 3  # each transition of an elite chain counts with the chain's worth to this power
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
-MISSES = 1000  # walks without a new chain after which a batch is scored as it is
+MISSES = 1000  # walks without a new chain after which a batch is scored as it is; if it is empty, none is within reach
 
 
 @dataclass
@@ -228,8 +228,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         state.update_policy(pending)
         pending, misses = {}, 0
         while len(pending) < min(batch, simulations - len(state.value)):
-            # An empty batch is filled until the tree is closed, or with `allowed` or no tree for MISSES walks.
-            if state.root.closed or (misses >= MISSES and (pending or allowed or not learn)):
+            if state.root.closed or misses >= MISSES:  # no new chain within the limit is left, or none is in reach
                 if pending or state.limit == 2 * n_layers:
                     break
                 state.root, state.limit, misses = Node(), 2 * n_layers, 0  # nothing better is left: on to deeper chains

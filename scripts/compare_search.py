@@ -65,10 +65,12 @@ def tables(args):
             "an elite of 64 chains": (ours(), constants(ELITE=64)),
             "all elite chains count the same": (ours(), constants(SHARPNESS=0)),
             "nodes expand at the first visit": (ours(), constants(MATURE=1)),
+            "nodes expand after 32 visits": (ours(), constants(MATURE=32)),
             "a rollout is drawn once, known or not": (ours(), constants(TRIES=1)),
             "skips of at most 4 layers": (ours(max_skip=4), None),
             "batch 1": (ours(batch=1), None),
             "batch 32": (ours(batch=32), None),
+            "exploration 0.1": (ours(exploration=0.1), None),
             "exploration 1": (ours(exploration=1), None),
             "exploration 32": (ours(exploration=32), None)},
         "special": {
