@@ -99,7 +99,7 @@ def add_search_arguments(p):
         help="distinct chains to evaluate (default: %(default)s)")
     add("--depth-penalty", type=at_least(0, float), default=0.2, metavar="X",
         help="what the full depth costs; a correct answer is worth 1 (default: %(default)s)")
-    add("--exploration", type=at_least(0, float), default=8.0, metavar="C",
+    add("--exploration", type=at_least(0, float), default=0.5, metavar="C",
         help="constant c of the upper confidence bound (default: %(default)s)")
     add("--max-skip", type=at_least(0), metavar="N", help="layers that a step may skip (default: any number)")
     add("--max-loop", type=at_least(0), default=4, metavar="N",

@@ -186,7 +186,7 @@ class Search:
             node.total += value
 
 
-def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=8.0, max_skip=None, max_loop=4,
+def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, exploration=0.5, max_skip=None, max_loop=4,
            allowed=None, departures=None, batch=8, learn=True, promise=True):
     """Searches for a chain of high reward, at most 2 * n_layers deep; returns a Result.
 
@@ -196,7 +196,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       simulations: distinct chains to evaluate, the full-depth chain first; fewer if there are no more.
       seed: the same seed, batch, scores and departures give the same result.
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
-      exploration: the constant c of the upper confidence bound; large, because the policy makes few actions likely.
+      exploration: the constant c of the upper confidence bound; from about 8 on, priors and visits decide alone.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back (1 repeats the last layer).
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
         is). If it allows few chains (about one in 1,000), the search may end before it finds them.

@@ -671,7 +671,7 @@ def test_promise_guides_the_search_but_not_the_reward():
     runs = [mcts.search(near, 12, 200, seed) for seed in range(8)]
     blind = [mcts.search(near, 12, 200, seed, promise=False) for seed in range(8)]
     plain = mcts.search(lambda chains: [chain == goal for chain in chains], 12, 200, 0)
-    assert sum(run.best == goal for run in runs) >= 4 and not any(run.best for run in blind)
+    assert sum(run.best == goal for run in runs) >= 2 and not any(run.best for run in blind)
     assert [*blind[0].evaluated.items()] == [*plain.evaluated.items()] and blind[0].promises == plain.promises == {}
     assert [*zip(runs[0].evaluated.values(), runs[0].promises.values())] == near(runs[0].evaluated)
     assert all(runs[0].reward(chain) == correct - 0.2 * len(chain) / 12 for chain, correct in runs[0].evaluated.items())

@@ -71,8 +71,7 @@ def tables(args):
             "batch 1": (ours(batch=1), None),
             "batch 32": (ours(batch=32), None),
             "exploration 0.1": (ours(exploration=0.1), None),
-            "exploration 1": (ours(exploration=1), None),
-            "exploration 32": (ours(exploration=32), None)},
+            "exploration 8": (ours(exploration=8), None)},
         "special": {
             "the default window: any skip, loops of up to 4": (ours(max_skip=None, max_loop=4), None),
             "`--max-loop 0`: skip only (layer pruning)": (ours(max_skip=None, max_loop=0), None),
