@@ -23,7 +23,7 @@ ELITE = 16  # chains in the elite; results/search_ablation.md shows what this an
 SHARPNESS = 3  # each transition of an elite chain counts with the chain's worth to this power
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
-MISSES = 1000  # walks without a new chain after which a batch is scored as it is; if it is empty, none is within reach
+MISSES = 1000  # walks without a new chain after which a batch is scored as it is or, if empty, given up
 
 
 @dataclass
@@ -196,7 +196,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       simulations: distinct chains to evaluate, the full-depth chain first; fewer if there are no more.
       seed: the same seed, batch, scores and departures give the same result.
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
-      exploration: the constant c of the upper confidence bound; from about 8 on, priors and visits decide alone.
+      exploration: the constant c of the upper confidence bound; the larger, the less the values of nodes count.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back (1 repeats the last layer).
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
         is). If it allows few chains (about one in 1,000), the search may end before it finds them.
@@ -228,7 +228,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         state.update_policy(pending)
         pending, misses = {}, 0
         while len(pending) < min(batch, simulations - len(state.value)):
-            if state.root.closed or misses >= MISSES:  # no new chain within the limit is left, or none is in reach
+            if state.root.closed or misses >= MISSES:  # no new chain is left within the limit, or none is found
                 if pending or state.limit == 2 * n_layers:
                     break
                 state.root, state.limit, misses = Node(), 2 * n_layers, 0  # nothing better is left: on to deeper chains

@@ -305,7 +305,7 @@ class Llama(nn.Module):
             model.load_state_dict(weights, assign=True)
         except (OSError, RuntimeError, TypeError, SafetensorError) as error:
             raise ValueError(f"{path}: the weights are incomplete or do not match config.json ({str(error)[:300]}); "
-                             "fetch the checkpoint again, with safetensors") from None
+                             "fetch the checkpoint again, in the safetensors format") from None
         for name, parameter in model.named_parameters():
             if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 raise ValueError(f"{path}: tensor {name} is {parameter.dtype}; use a checkpoint that is not quantized")
