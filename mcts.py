@@ -82,8 +82,9 @@ class Search:
       value: {chain: what it backs up}, its reward with its worth in place of the score.
       limit: the greatest depth to try: 2 * n_layers, or where a score of 1 just beats `highest`, the best reward.
       elite: the ELITE chains of highest value, correct or wrong, no deeper than a correct best chain: limit + 1.
-      table: the elite's transitions, {layer: {action: weight}}; `policy` is `policy_after` with a cache.
-      departures: the argument, scaled so that a walk along the full-depth chain departs from it about once.
+      table: the elite's transitions, {layer: {action: weight}}; while its worth is 0, those of the full-depth chain.
+      rate: the sum of the departure weights along a chain, mean over the elite; divided by it, a walk departs once.
+      policy: `policy_after` with a cache.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, departures, learn,
@@ -99,10 +100,9 @@ class Search:
             departures = [[weight / (sum(near[i][j] for j in others[i]) or 1) for weight in near[i]] for i in actions]
         elif {len(departures), *map(len, departures)} != {n_layers + 1}:
             raise ValueError(f"departures must be a table of n_layers + 1 = {n_layers + 1} rows and columns")
-        total = sum(departures[i][j] for i in actions for j in others[i])
-        self.departures = [[weight / total for weight in row] for row in departures]
-        self.highest, self.limit, self.elite = -math.inf, 2 * n_layers, []
-        self.table, self.policy = {}, cache(self.policy_after)  # no elite yet: every layer once, with departures
+        self.departures, self.row_sums = departures, [sum(departures[i][j] for j in others[i]) for i in actions]
+        self.highest, self.limit, self.elite, self.policy = -math.inf, 2 * n_layers, None, cache(self.policy_after)
+        self.update_policy()
 
     def window(self, last):
         """The layers that may be appended after the layer `last` (-1 at the beginning); last + 1 is among them."""
@@ -126,24 +126,26 @@ class Search:
             depth = (1 - reward) * self.n_layers / self.result.depth_penalty  # at which a full score has this reward
             self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1  # branch and bound; 1e-6: rounding
 
-    def update_policy(self, chains):
-        """Updates the elite with these chains and, if it changed, counts its transitions anew."""
-        shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
+    def update_policy(self, chains=()):
+        """Updates the elite with these chains and, if it changed, `table` and `rate`."""
+        shallow = [chain for chain in [*(self.elite or ()), *chains] if len(chain) <= self.limit + 1]
         elite = nlargest(ELITE, shallow, key=self.value.get) if self.learn else []
         if elite != self.elite:
             self.elite, self.table = elite, defaultdict(lambda: defaultdict(float))
             self.policy.cache_clear()
-            for chain in elite:
-                if weight := self.worth[chain] ** SHARPNESS:
-                    for last, action in pairwise((-1, *chain, self.stop)):
-                        self.table[last][action] += weight
+            weights = {chain: weight for chain in elite if (weight := self.worth[chain] ** SHARPNESS)}
+            for chain, weight in (weights or {tuple(range(self.n_layers)): 1}).items():
+                for last, action in pairwise((-1, *chain, self.stop)):
+                    self.table[last][action] += weight
+            total = sum(weight * self.row_sums[action] for row in self.table.values() for action, weight in row.items())
+            self.rate = total / sum(self.table[-1].values()) or 1  # 0 for an elite that can only stop
 
     def policy_after(self, last):
         """After a layer (-1: none yet): {action: probability}, most likely first; its actions; its cumulative sums."""
         row = self.table.get(last, {last + 1: 1})  # after a layer that no elite chain has, the next one
         actions, total, priors = (*self.window(last), self.stop), sum(row.values()), defaultdict(float)
         for usual, weight in row.items():
-            others = {action: self.departures[usual][action] for action in actions if action != usual}
+            others = {action: self.departures[usual][action] / self.rate for action in actions if action != usual}
             departure = sum(others.values())  # how likely it is; at most 1/2 below
             priors[usual] += weight / total * max(0.5, 1 - departure)
             for action, probability in others.items():

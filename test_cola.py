@@ -663,11 +663,17 @@ def test_fractional_score_is_weighed_against_the_depth_penalty():
         assert mcts.search(score, n_layers=6, simulations=300, depth_penalty=penalty).best in best
 
 
-def test_promise_guides_the_search_but_not_the_reward():
-    goal = (0, 1, 2, 3, 4, 4, 5, 7, 8, 9, 11)  # two skips and a loop: too many for luck
-    def near(chains):
+def near_goal(goal):
+    """A score: only `goal` is correct; the promise falls with every layer that a chain has too many or too few of."""
+    def score(chains):
         wrong = [Counter(chain) - Counter(goal) | Counter(goal) - Counter(chain) for chain in chains]
         return [(chain == goal, -0.3 * sum(layers.values())) for chain, layers in zip(chains, wrong)]
+    return score
+
+
+def test_promise_guides_the_search_but_not_the_reward():
+    goal = (0, 1, 2, 3, 4, 4, 5, 7, 8, 9, 11)  # two skips and a loop: too many for luck
+    near = near_goal(goal)
     runs = [mcts.search(near, 12, 200, seed) for seed in range(8)]
     blind = [mcts.search(near, 12, 200, seed, promise=False) for seed in range(8)]
     plain = mcts.search(lambda chains: [chain == goal for chain in chains], 12, 200, 0)
@@ -675,6 +681,13 @@ def test_promise_guides_the_search_but_not_the_reward():
     assert [*blind[0].evaluated.items()] == [*plain.evaluated.items()] and blind[0].promises == plain.promises == {}
     assert [*zip(runs[0].evaluated.values(), runs[0].promises.values())] == near(runs[0].evaluated)
     assert all(runs[0].reward(chain) == correct - 0.2 * len(chain) / 12 for chain, correct in runs[0].evaluated.items())
+
+
+def test_search_departs_from_short_chains_as_often_as_from_long_ones():
+    """Otherwise it seldom completes a chain of which it has all but a layer: here with none of these seeds."""
+    found = [mcts.search(near_goal(goal), n, seed=seed, max_loop=n).best == goal
+             for n, goal in [(16, (2, 7)), (24, (3,))] for seed in range(8)]
+    assert sum(found) >= 3
 
 
 def test_search_follows_departure_weights():

@@ -59,6 +59,8 @@ def tables(args):
             "no elite: the policy around the full chain": (ours(), constants(ELITE=0)),
             "no elite, no tree (`--search random`)": (ours(None, learn=False), None),
             "departures by the distance of layers": (ours(None), None),
+            "departures scaled once, to the full chain": (ours(), patch.object(
+                mcts.Search, "rate", property(lambda self: sum(self.row_sums), lambda *_: None), create=True)),
             "departures without the gradient": (ours(partial(Verifier.departures, gradient=0)), None),
             "departures without the distance of states": (ours(partial(Verifier.departures, distance=0)), None),
             "an elite of 1 chain": (ours(), constants(ELITE=1)),
