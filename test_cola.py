@@ -663,11 +663,11 @@ def test_fractional_score_is_weighed_against_the_depth_penalty():
         assert mcts.search(score, n_layers=6, simulations=300, depth_penalty=penalty).best in best
 
 
-def near_goal(goal):
-    """A score: only `goal` is correct; the promise falls with every layer that a chain has too many or too few of."""
+def near_goal(goal, slope=0.3):
+    """A score: only `goal` is correct; every layer too many or too few lowers the promise by `slope`."""
     def score(chains):
         wrong = [Counter(chain) - Counter(goal) | Counter(goal) - Counter(chain) for chain in chains]
-        return [(chain == goal, -0.3 * sum(layers.values())) for chain, layers in zip(chains, wrong)]
+        return [(chain == goal, -slope * sum(layers.values())) for chain, layers in zip(chains, wrong)]
     return score
 
 
@@ -684,10 +684,9 @@ def test_promise_guides_the_search_but_not_the_reward():
 
 
 def test_search_departs_from_short_chains_as_often_as_from_long_ones():
-    """Otherwise it seldom completes a chain of which it has all but a layer: here with none of these seeds."""
-    found = [mcts.search(near_goal(goal), n, seed=seed, max_loop=n).best == goal
-             for n, goal in [(16, (2, 7)), (24, (3,))] for seed in range(8)]
-    assert sum(found) >= 3
+    """Otherwise it seldom finds this goal, though it is an edit away from the short chains that it knows."""
+    found = [mcts.search(near_goal((3,), slope=0.02), 24, seed=seed, max_loop=24).best for seed in range(8)]
+    assert found.count((3,)) >= 4
 
 
 def test_search_follows_departure_weights():
