@@ -142,13 +142,12 @@ def rope_table(config, start, end, like):
         turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
         keep = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
         frequency = torch.lerp(frequency / rope["factor"], frequency, keep.clamp(0, 1))
-    angle = torch.outer(torch.arange(start, end, device=like.device).float(), frequency)
-    angle = torch.cat((angle, angle), dim=-1)  # these checkpoints pair dimension i with i + head_dim / 2
+    angle = torch.outer(torch.arange(start, end, device=like.device).float(), frequency).repeat(1, 2)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
 def rotate(x, cos, sin):
-    """Turns each head of x [B, heads, T, head_dim] by its position's angles."""
+    """Turns each head of x [B, heads, T, head_dim] by its position's angles; i pairs with i + head_dim / 2."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -232,8 +231,7 @@ class Experts(nn.Module):
         for expert, places in zip(self.experts, chosen.argsort().split(counts)):
             if len(places):
                 token = places // self.top_k
-                # A token chooses an expert at most once, so no index occurs twice and += loses nothing.
-                y[token] += expert(flat[token]) * weights[places, None].to(x.dtype)
+                y.index_add_(0, token, expert(flat[token]) * weights[places, None].to(x.dtype))
         if self.shared_expert is not None:
             y = y + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
         return y.view_as(x)
@@ -323,21 +321,22 @@ class Llama(nn.Module):
         if cache is not None:
             if cache.chain not in (None, chain):
                 raise ValueError(f"this cache holds chain {list(cache.chain)}; make a new KVCache for {list(chain)}")
-            cache.chain, cache.length = chain, past + tokens.shape[1]
+            cache.chain = chain
         x = self.embed_tokens(tokens)  # [B, T, hidden_size]
         for step, layer in enumerate(chain):
             x = self.layers[layer](x, rope, cache, step)
+        if cache is not None:
+            cache.length = past + tokens.shape[1]
         return self.norm(x)
 
     def forward(self, tokens, chain=None, cache=None):
-        """Logits of the token after each position.
+        """Logits [B, T, vocab_size] of the token after each position.
 
         Args:
           tokens: ids [B, T]; with a cache, only those that it does not hold yet.
           chain: layer indices in order of application, any number of each, possibly none; None means every layer once.
           cache: a KVCache that holds the earlier tokens under this same chain, and takes these in.
-        Returns logits [B, T, vocab_size]. Raises ValueError for a layer that the model does not have, no tokens, more
-        than the model has positions, or a cache of another chain.
+        Raises ValueError for a layer that does not exist, no tokens, too many of them, or a cache of another chain.
         """
         return self.lm_head(self.hidden(tokens, chain, cache))
 
@@ -486,11 +485,10 @@ class Verifier:
             self.steps_run += len(batch)
             # Cloned, because a kept view would hold its whole batch in memory.
             after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
+            progress |= {chain: (end, after[chain[:end]]) for chain, end in ready}
             self.states |= after
             while len(self.states) > self.capacity:
                 self.states.popitem(last=False)
-            for chain, end in ready:
-                progress[chain] = end, after[chain[:end]]
         return torch.cat([progress[chain][1][:, self.positions] for chain in chains])
 
     def recall(self, chain):
