@@ -30,8 +30,8 @@ MISSES = 1000  # walks without a new chain after which a batch is scored as it i
 class Result:
     """What a search found."""
     evaluated: dict  # {chain: score} in order of evaluation, the full-depth chain first
-    n_layers: int  # this and the next as given to `search`
-    depth_penalty: float
+    n_layers: int  # of the model
+    depth_penalty: float  # as given to `search`
     promises: dict = field(default_factory=dict)  # {chain: promise}, for scores that come with one
 
     def reward(self, chain):
@@ -83,8 +83,8 @@ class Search:
       limit: the greatest depth to try: 2 * n_layers, or where a score of 1 just beats `highest`, the best reward.
       elite: the ELITE chains of highest value, correct or wrong, no deeper than a correct best chain: limit + 1.
       table: the elite's transitions, {layer: {action: weight}}; while its worth is 0, those of the full-depth chain.
-      rate: the sum of the departure weights along a chain, mean over the elite; divided by it, a walk departs once.
-      policy: `policy_after` with a cache.
+      rate: the sum of departure weights along a chain, mean over the elite. Divided by it, they make a walk depart
+        about once.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, departures, learn,
@@ -202,9 +202,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       max_skip, max_loop: layers that a step may skip (None: any number) and go back (1 repeats the last layer).
       allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
         is). If it allows few chains (about one in 1,000), the search may end before it finds them.
-      departures: weights such as those of `Verifier.departures`, [n_layers + 1][n_layers + 1]: [i][j] for taking action
-        j where an elite chain takes i (n_layers: stop). Only their ratios matter. None: every action i is departed from
-        equally often, to j in proportion to 1 / |i - j|, or to half that if j < i.
+      departures: [i][j] weighs action j where an elite chain takes i (n_layers: stop), as `Verifier.departures` does;
+        only ratios matter. None: every i is departed from equally often, in proportion to 1 / |i - j|, half if j < i.
       batch: chains to score at a time.
       learn, promise: False for controls: learn=False draws chains around the full-depth chain without a tree (cola.py's
         `--search random`), promise=False ignores promises (`--search blind`). cola.py gives `departures` to neither.

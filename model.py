@@ -211,7 +211,7 @@ class Experts(nn.Module):
         super().__init__()
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         size, n_experts = config.hidden_size, len(tensors["mlp.gate.weight"])
-        if not 1 <= self.top_k <= n_experts <= len(tensors):
+        if not 1 <= self.top_k <= n_experts <= len(tensors):  # a malformed gate may have any length
             raise ValueError(f"config.json asks for {self.top_k} of {n_experts} experts; fetch the checkpoint again")
         self.gate = Linear(size, n_experts, bias=False)
         self.experts = nn.ModuleList(MLP(size, config.moe_intermediate_size or config.intermediate_size)
