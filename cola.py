@@ -9,10 +9,10 @@ reordered for each input, without training. Layers are numbered from 0; a chain 
 """
 import argparse
 import os
-import re
 import sys
 import time
 import warnings
+from itertools import groupby
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch warns, but nothing here needs it
@@ -71,8 +71,7 @@ def add_problem_arguments(p):
     add("--dataset", default="arithmetic", metavar="NAME",
         help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
     add("--shots", type=int, default=0, metavar="N", help="worked examples before the question (default: %(default)s)")
-    add("--boxed", type=Path, metavar="FILE",
-        help="ask for \\boxed{ANSWER} with the prompt in this file, which contains {question}")
+    add("--boxed", type=Path, metavar="FILE", help="a prompt with {question} in it, which asks for \\boxed{ANSWER}")
     add("--split", choices=["train", "validation", "test"], help="for arc and gsm8k (default: test)")
 
 
@@ -98,7 +97,7 @@ def add_search_arguments(p):
     add("--simulations", type=at_least(1), default=200, metavar="N",
         help="distinct chains to evaluate (default: %(default)s)")
     add("--depth-penalty", type=at_least(0, float), default=0.2, metavar="X",
-        help="what the full depth costs; a correct answer is worth 1 (default: %(default)s)")
+        help="cost of the full depth, where a correct answer is worth 1 (default: %(default)s)")
     add("--exploration", type=at_least(0, float), default=0.5, metavar="C",
         help="constant c of the upper confidence bound (default: %(default)s)")
     add("--max-skip", type=at_least(0), metavar="N", help="layers that a step may skip (default: any number)")
@@ -131,14 +130,9 @@ def parse_chain(text, n_layers):
 
 
 def format_chain(chain):
-    """The inverse of `parse_chain`."""
-    parts = []  # the ends of each: [layer] or [first, last]
-    for layer in chain:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1][1:] = [layer]
-        else:
-            parts.append([layer])
-    return ",".join("-".join(map(str, ends)) for ends in parts)
+    """The inverse of `parse_chain`. Within a run of successive layers, layer minus step is constant."""
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(chain), lambda step: step[1] - step[0])]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def draw(chain, n_layers):
@@ -148,25 +142,22 @@ def draw(chain, n_layers):
         first    0 1 . 3
         then         2 3 x x
     """
-    rows, last, width = [[*range(n_layers)], [""] * n_layers], -1, len(str(n_layers - 1)) + 1
+    rows, top, width = [[*range(n_layers)], []], max(chain, default=-1), len(str(n_layers - 1)) + 1
     for layer in chain:
-        if layer <= last:
-            rows.append([""] * n_layers)
-        rows[-1][last + 1:layer] = "." * (layer - last - 1)  # none after a loop back
-        rows[-1][layer] = last = layer
-    top = max(chain, default=-1)
-    rows[-1][top + 1:] = "x" * (n_layers - 1 - top)
+        if layer < len(rows[-1]):  # a loop back
+            rows.append([""] * layer)
+        rows[-1] += ["."] * (layer - len(rows[-1])) + [layer]
+    rows[-1] += [""] * (top + 1 - len(rows[-1])) + ["x"] * (n_layers - 1 - top)
     labels = ["layers", "first", *["then"] * len(rows)]
     return [f"{label:8}" + "".join(f"{cell:>{width}}" for cell in row).rstrip() for label, row in zip(labels, rows)]
 
 
 def explain(chain, n_layers):
-    """What a chain does, in words; it reorders the layers that first run after a higher one."""
-    top = max(chain, default=-1)
-    late = [layer for i, layer in enumerate(chain) if layer not in chain[:i] and layer < max(chain[:i], default=0)]
-    parts = [("skips", [layer for layer in range(top) if layer not in chain]),
-             ("loops", sorted({layer for layer in chain if chain.count(layer) > 1})),
-             ("reorders", sorted(late)),
+    """What a chain does, in words. A layer is reordered if it first runs after a higher one."""
+    used, top = sorted({*chain}), max(chain, default=-1)
+    parts = [("skips", [layer for layer in range(top) if layer not in used]),
+             ("loops", [layer for layer in used if chain.count(layer) > 1]),
+             ("reorders", [layer for layer in used if layer < max(chain[:chain.index(layer) + 1])]),
              ("cuts off", range(top + 1, n_layers))]
     return "; ".join(f"{verb} {format_chain(layers)}" for verb, layers in parts if layers) or "every layer once"
 
@@ -176,7 +167,7 @@ class Sample:
 
     Attributes:
       prompt, target: token ids of the prompt and of the correct answer after it.
-      stop: set of ids that end an answer; None for one that needs no end: a box, or a label that begins no other.
+      stop: set of ids, one of which must follow the answer; None for a box, or a label that begins no other label.
       verify, fused: the Verifier of this answer, and its argument of that name.
     Raises ValueError if the tokenizer does not fit the model or cannot write the answer, or the prompt is too long.
     """
@@ -206,7 +197,7 @@ class Sample:
     def read(self, ids):
         """The answer that generated ids spell: their text up to a line break or, of a box, its closing brace."""
         text = self.tokenizer.decode(ids).partition("\n")[0].strip()
-        return re.sub("}.*", "}", text) if self.problem.form else text
+        return "".join(text.partition("}")[:2]) if self.problem.form else text
 
 
 def load_sample(args):
@@ -263,7 +254,6 @@ def search_chain(args, sample):
 
 
 def run(args):
-    """Runs the command."""
     sample = load_sample(args)
     model, problem = sample.model, sample.problem
     n_layers, weight = model.config.num_hidden_layers, model.lm_head.weight

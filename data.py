@@ -28,9 +28,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 
 TERMS_OF_LEVEL = {1: 3, 2: 4, 3: 5, 4: 6, 5: 7}  # arithmetic: how many numbers a problem of each level has
-NUMBERS_BELOW = 20  # so 0 to 19
+NUMBERS_BELOW = 20  # every number is from 0 to 19
 N_PROBLEMS = 2000  # in each arithmetic dataset
-FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),  # by the dataset viewer: repository, config
+# Fetched through the hub's dataset viewer: repository, configuration.
+FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),
                "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge"),
                "gsm8k": ("openai/gsm8k", "main")}
 ARITHMETIC = ("arithmetic", *(f"arithmetic-{level}" for level in TERMS_OF_LEVEL))
@@ -317,12 +318,11 @@ def compile_template(source, special):
     """A chat template, in jinja2's sandbox, with what transformers gives to it; special: {name: special token}."""
     def raise_exception(message):
         raise jinja2.TemplateError(message)
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime, **special}
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime, **special}
     # {% generation %} marks what a model is trained to write. jinja2 lacks it; {% with %} has no effect either.
-    return environment.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", source))
+    return sandbox.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", source))
 
 
 def read_json(path):
