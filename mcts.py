@@ -82,9 +82,9 @@ class Search:
       value: {chain: what it backs up}, its reward with its worth in place of the score.
       limit: the greatest depth to try: 2 * n_layers, or where a score of 1 just beats `highest`, the best reward.
       elite: the ELITE chains of highest value, correct or wrong, no deeper than a correct best chain: limit + 1.
-      table: the elite's transitions, {layer: {action: weight}}; while its worth is 0, those of the full-depth chain.
-      rate: the sum of departure weights along a chain, mean over the elite. Divided by it, they make a walk depart
-        about once.
+      table: {layer: {action: weight}}, the transitions of the elite or, while it is worth 0, of the full-depth chain.
+      departures, row_sums: the argument; for each action, the sum of the weights of what may replace it.
+      rate: the row sums along a chain, mean over the elite; divided by it, departures occur about once per walk.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, departures, learn,
@@ -101,7 +101,8 @@ class Search:
         elif {len(departures), *map(len, departures)} != {n_layers + 1}:
             raise ValueError(f"departures must be a table of n_layers + 1 = {n_layers + 1} rows and columns")
         self.departures, self.row_sums = departures, [sum(departures[i][j] for j in others[i]) for i in actions]
-        self.highest, self.limit, self.elite, self.policy = -math.inf, 2 * n_layers, None, cache(self.policy_after)
+        self.highest, self.limit, self.elite, self.table = -math.inf, 2 * n_layers, [], {}
+        self.policy = cache(self.policy_after)
         self.update_policy()
 
     def window(self, last):
@@ -128,9 +129,9 @@ class Search:
 
     def update_policy(self, chains=()):
         """Updates the elite with these chains and, if it changed, `table` and `rate`."""
-        shallow = [chain for chain in [*(self.elite or ()), *chains] if len(chain) <= self.limit + 1]
+        shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
         elite = nlargest(ELITE, shallow, key=self.value.get) if self.learn else []
-        if elite != self.elite:
+        if elite != self.elite or not self.table:
             self.elite, self.table = elite, defaultdict(lambda: defaultdict(float))
             self.policy.cache_clear()
             weights = {chain: weight for chain in elite if (weight := self.worth[chain] ** SHARPNESS)}
