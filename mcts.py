@@ -15,9 +15,9 @@ from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
-from heapq import nlargest
 from itertools import accumulate, pairwise
 from numbers import Real
+from operator import itemgetter
 
 ELITE = 16  # chains in the elite; results/search_ablation.md shows what this and the other constants are worth
 SHARPNESS = 3  # each transition of an elite chain counts with the chain's worth to this power
@@ -64,14 +64,15 @@ class Node:
 
     def select(self, priors, exploration):
         """The action with the highest bound, or None if all are closed. `priors` lists the most likely action first."""
-        scale, bounds = exploration * math.sqrt(self.visits), {}
+        scale, best, highest = exploration * math.sqrt(self.visits), None, -math.inf
         for action, prior in priors.items():
             if action not in self.children:  # n is 0, and Q its parent's mean (first-play urgency)
-                bounds[action] = self.total / self.visits + scale * prior
+                best, highest = action, self.total / self.visits + scale * prior
                 break  # other untried actions have lower priors
-        bounds |= {action: child.bound(scale * priors[action])
-                   for action, child in self.children.items() if not child.closed}
-        return max(bounds, key=bounds.get, default=None)
+        for action, child in self.children.items():
+            if not child.closed and (bound := child.bound(scale * priors[action])) > highest:
+                best, highest = action, bound
+        return best
 
 
 class Search:
@@ -93,14 +94,17 @@ class Search:
         self.learn, self.use_promise, self.rng, self.allowed = learn, promise, random.Random(seed), allowed
         self.stop = n_layers  # as if it were the layer after the last, so it is likelier near the end
         self.result, self.root, self.value, self.worth = Result({}, n_layers, depth_penalty), Node(), {}, {}
-        actions = range(n_layers + 1)
-        others = [[j for j in (*self.window(i - 1), self.stop) if j != i] for i in actions]  # to replace i, after i - 1
-        if departures is None:
-            near = [[(1 if i < j else 0.5) / max(1, abs(i - j)) for j in actions] for i in actions]
-            departures = [[weight / (sum(near[i][j] for j in others[i]) or 1) for weight in near[i]] for i in actions]
+        actions, even = range(n_layers + 1), departures is None
+        if even:
+            departures = [[(1 if i < j else 0.5) / max(1, abs(i - j)) for j in actions] for i in actions]
         elif {len(departures), *map(len, departures)} != {n_layers + 1}:
             raise ValueError(f"departures must be a table of n_layers + 1 = {n_layers + 1} rows and columns")
-        self.departures, self.row_sums = departures, [sum(departures[i][j] for j in others[i]) for i in actions]
+        departures = [[0 if i == j else departures[i][j] for j in actions] for i in actions]
+        row_sums = [sum(departures[i][j] for j in (*self.window(i - 1), self.stop)) for i in actions]
+        if even:
+            departures = [[weight / (row_sum or 1) for weight in row] for row, row_sum in zip(departures, row_sums)]
+            row_sums = [row_sum / (row_sum or 1) for row_sum in row_sums]
+        self.departures, self.row_sums = departures, row_sums
         self.highest, self.limit, self.elite, self.table = -math.inf, 2 * n_layers, [], {}
         self.policy = cache(self.policy_after)
         self.update_policy()
@@ -130,7 +134,7 @@ class Search:
     def update_policy(self, chains=()):
         """Updates the elite with these chains and, if it changed, `table` and `rate`."""
         shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
-        elite = nlargest(ELITE, shallow, key=self.value.get) if self.learn else []
+        elite = sorted(shallow, key=self.value.get, reverse=True)[:ELITE] if self.learn else []
         if elite != self.elite or not self.table:
             self.elite, self.table = elite, defaultdict(lambda: defaultdict(float))
             self.policy.cache_clear()
@@ -144,14 +148,16 @@ class Search:
     def policy_after(self, last):
         """After a layer (-1: none yet): {action: probability}, most likely first; its actions; its cumulative sums."""
         row = self.table.get(last, {last + 1: 1})  # after a layer that no elite chain has, the next one
-        actions, total, priors = (*self.window(last), self.stop), sum(row.values()), defaultdict(float)
+        actions, total = (*self.window(last), self.stop), sum(row.values())
+        priors = dict.fromkeys(actions, 0)
         for usual, weight in row.items():
-            others = {action: self.departures[usual][action] / self.rate for action in actions if action != usual}
-            departure = sum(others.values())  # how likely it is; at most 1/2 below
-            priors[usual] += weight / total * max(0.5, 1 - departure)
-            for action, probability in others.items():
-                priors[action] += weight / total * probability / max(1, 2 * departure)
-        priors = dict(sorted(priors.items(), key=lambda item: -item[1]))
+            departures, share = self.departures[usual], weight / total
+            departure = sum([departures[action] for action in actions]) / self.rate  # its probability; at most 1/2 below
+            priors[usual] += share * max(0.5, 1 - departure)
+            share /= self.rate * max(1, 2 * departure)
+            for action in actions:
+                priors[action] += share * departures[action]
+        priors = dict(sorted(priors.items(), key=itemgetter(1), reverse=True))
         return priors, [*priors], [*accumulate(priors.values())][:-1]  # the last may be rounded to below 1
 
     def select_and_expand(self):
@@ -174,13 +180,15 @@ class Search:
 
     def roll_out(self, start, pending):
         """Completes actions with the policy to a chain that is new, allowed and within the limit; None after TRIES."""
-        for _ in range(TRIES):
-            actions = [*start]
-            while actions[-1] != self.stop and len(actions) <= self.limit + 1:
-                _, choices, cumulative = self.policy(actions[-1])
-                actions.append(choices[bisect(cumulative, self.rng.random())])
+        policy, draw, most = self.policy, self.rng.random, self.limit + 1  # actions; the walk is the inner loop
+        for _ in range(TRIES if start[-1] != self.stop else 1):
+            actions, action = [*start], start[-1]
+            while action != self.stop and len(actions) <= most:
+                _, choices, cumulative = policy(action)
+                action = choices[bisect(cumulative, draw())]
+                actions.append(action)
             chain = tuple(actions[1:-1])
-            if (actions[-1] == self.stop and len(chain) <= self.limit and chain not in self.value
+            if (action == self.stop and len(chain) <= self.limit and chain not in self.value
                     and chain not in pending and self.allowed(chain)):
                 return chain
 
