@@ -168,6 +168,7 @@ class Sample:
     Attributes:
       prompt, target: token ids of the prompt and of the correct answer after it.
       stop: set of ids, one of which must follow the answer; None for a box, or a label that begins no other label.
+      ends: set of ids of tokens whose text ends an answer, with a line break or, of a box, a closing brace.
       verify, fused: the Verifier of this answer, and its argument of that name.
     Raises ValueError if the tokenizer does not fit the model or cannot write the answer, or the prompt is too long.
     """
@@ -182,15 +183,16 @@ class Sample:
                              f"{written!r}; leave this sample out")
         complete = [label for label in problem.choices if label.startswith(problem.answer)] == [problem.answer]
         self.stop = None if complete or problem.form else tokenizer.stop
-        self.fused = tokenizer.fused(self.target, boxed=bool(problem.form))
+        self.ends = tokenizer.breaks | (tokenizer.braces if problem.form else set())
+        self.fused = {i for i in self.ends if data.exact_match(self.read([*self.target[:-1], i]), problem.answer)}
+        self.fused -= {self.target[-1]}
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb, self.fused)
 
     def answer(self, chain):
         """The text that greedy decoding writes under a chain, and whether it is the correct one, `problem.answer`."""
-        stop_after = self.tokenizer.breaks.keys() | (self.tokenizer.braces if self.problem.form else set())
         limit = max(32, len(self.target) + 1) if self.stop or self.problem.form else len(self.target)
-        ids = self.model.generate(self.prompt, chain, limit, self.tokenizer.stop, stop_after)
-        ended = not self.stop or len(ids) < limit or ids[-1] in stop_after  # not cut off at the limit
+        ids = self.model.generate(self.prompt, chain, limit, self.tokenizer.stop, self.ends)
+        ended = not self.stop or len(ids) < limit or ids[-1] in self.ends  # not cut off at the limit
         text = self.read(ids)
         return text, ended and data.exact_match(text, self.problem.answer)
 

@@ -37,6 +37,8 @@ FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),
 ARITHMETIC = ("arithmetic", *(f"arithmetic-{level}" for level in TERMS_OF_LEVEL))
 MATH = ("math", "math-1", "math-2", "math-3", "math-4", "math-5")
 DATASETS = (*ARITHMETIC, *FROM_VIEWER, *MATH)
+# Later ones take precedence; any may be missing.
+SETTINGS = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 DATE = datetime(2024, 7, 26)  # given to chat templates as today, so that prompts never change
 
 
@@ -64,13 +66,13 @@ class Problem:
 
     @property
     def messages(self):
-        """The conversation to continue, for chat models. They tend to explain, so it asks for the bare answer."""
+        """The conversation for chat models, with its answer. They tend to explain, so it asks for the bare answer."""
         turns = []
         for problem in (*self.examples, self):
             wanted = "letter of the right choice" if problem.choices else "final answer"
             content = problem.formatted if problem.form else f"{problem.question}\nAnswer with the {wanted} only."
             turns += [{"role": "user", "content": content}, {"role": "assistant", "content": problem.answer}]
-        return turns[:-1]
+        return turns
 
 
 def listed(choices, texts):
@@ -164,12 +166,11 @@ def by_turns(lists):
 def read_jsonl(path):
     """The problems of a JSON Lines file. Raises ValueError that names the line and what is wrong with it."""
     problems, answers = [], {}
-    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # some editors put this mark first
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode(), parse_constant=lambda name: None)  # NaN and Infinity are no answers
+            row = json.loads(line, parse_constant=lambda name: None)  # NaN and Infinity are no answers
             json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate such as \ud83d
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one object per line") from None
@@ -242,8 +243,7 @@ class Tokenizer:
       chat: whether to apply the chat template, if there is one.
     Attributes:
       stop: set of ids that end an answer: end-of-text tokens, and line breaks preceded by white space only.
-      breaks: {id: text before its line break} for every token with one; most vocabularies have some such as ")\\n".
-      braces: set of ids of the tokens with a closing brace.
+      breaks, braces: sets of ids of the tokens with a line break, such as ")\\n", and of those with a closing brace.
     Raises ValueError with one line that says what to do.
     """
 
@@ -253,7 +253,11 @@ class Tokenizer:
             self.tokenizer.no_padding()
             self.tokenizer.no_truncation()
             self.decode = self.tokenizer.decode
-            settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+            settings = {}  # of all files together
+            for file in map(folder.joinpath, SETTINGS):
+                if file.is_file():
+                    values = json.loads(file.read_text(encoding="utf-8"))
+                    settings |= {name: value for name, value in values.items() if value is not None}
             source, file = settings.get("chat_template"), folder / "chat_template.jinja"
             if file.is_file():
                 source = file.read_text(encoding="utf-8")
@@ -262,17 +266,15 @@ class Tokenizer:
             self.chat = chat and bool(source)
             if self.chat:
                 special = {name: token["content"] if isinstance(token, dict) else token
-                           for name, token in settings.items() if name.endswith("_token") and token is not None}
+                           for name, token in settings.items() if name.endswith("_token")}
                 self.template = compile_template(source, special)
-            ends = read_json(folder / "generation_config.json").get("eos_token_id")
-            ends = read_json(folder / "config.json").get("eos_token_id") if ends is None else ends
             ids = self.tokenizer.get_vocab().values()  # there may be gaps
             self.texts = dict(zip(ids, self.tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)))
-            # Trailing white space before the line break does not matter to exact match.
-            self.breaks = {i: text.partition("\n")[0].rstrip() for i, text in self.texts.items() if "\n" in text}
+            self.breaks = {i for i, text in self.texts.items() if "\n" in text}
             self.braces = {i for i, text in self.texts.items() if "}" in text}
-            self.stop = {i for i, before in self.breaks.items() if not before}
-            self.stop |= {int(i) for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
+            ends = settings.get("eos_token_id", [])
+            self.stop = {*map(int, ends)} if isinstance(ends, list) else {int(ends)}
+            self.stop |= {i for i in self.breaks if not self.texts[i].partition("\n")[0].strip()}
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise ValueError(f"{folder}: tokenizer.json or a file beside it is missing or malformed ({error!r}); fetch "
                              "the checkpoint again, or use --no-chat if it is the chat template") from None
@@ -288,22 +290,13 @@ class Tokenizer:
         """Ids of a problem's prompt, and of its answer as a continuation of the prompt."""
         prompt, answer = problem.prompt, f" {problem.answer}"
         if self.chat:
-            prompt, answer = self.render(problem.messages), problem.answer
-            whole = self.render([*problem.messages, {"role": "assistant", "content": answer}], answered=True)
-            before = whole.removeprefix(prompt).partition(answer)[0]
+            prompt, answer = self.render(problem.messages[:-1]), problem.answer
+            before = self.render(problem.messages, answered=True).removeprefix(prompt).partition(answer)[0]
             answer = before + answer if before.isspace() else answer  # some templates put a space before each answer
         ids, both = self.encode_text(prompt), self.encode_text(prompt + answer)
         if both[:len(ids)] != ids:  # a token spans the boundary
             both = ids + self.encode_text(answer, special=False)
         return ids, both[len(ids):]
-
-    def fused(self, ids, boxed=False):
-        """Tokens that may replace the last one of a text and end it: ")\\n" for ")" or, if boxed, "}$" for "}"."""
-        text, before = self.decode(ids).rstrip(), ids[:-1]
-        if boxed:
-            return {i for i in self.braces if self.decode([*before, i]).startswith(text)} - {ids[-1]}
-        return {i for i, start in self.breaks.items()
-                if start and self.decode([*before, i]).partition("\n")[0].rstrip() == text}
 
     def render(self, messages, answered=False):
         """The conversation as text, up to where the model answers unless it is answered already."""
@@ -323,8 +316,3 @@ def compile_template(source, special):
     sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime, **special}
     # {% generation %} marks what a model is trained to write. jinja2 lacks it; {% with %} has no effect either.
     return sandbox.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", source))
-
-
-def read_json(path):
-    """The content of a JSON file, {} if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -81,7 +81,7 @@ class Search:
     Attributes:
       worth: {chain: its score or, if 0, exp(promise)}, the geometric mean of the answer's token probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
-      limit: the greatest depth to try: 2 * n_layers, or where a score of 1 just beats `highest`, the best reward.
+      limit: the greatest depth to try: 2 * n_layers, or the last at which a score of 1 beats all chains so far.
       elite: the ELITE chains of highest value, correct or wrong, no deeper than a correct best chain: limit + 1.
       table: {layer: {action: weight}}, the transitions of the elite or, while it is worth 0, of the full-depth chain.
       departures, row_sums: the argument; for each action, the sum of the weights of what may replace it.
@@ -105,7 +105,7 @@ class Search:
             departures = [[weight / (row_sum or 1) for weight in row] for row, row_sum in zip(departures, row_sums)]
             row_sums = [row_sum / (row_sum or 1) for row_sum in row_sums]
         self.departures, self.row_sums = departures, row_sums
-        self.highest, self.limit, self.elite, self.table = -math.inf, 2 * n_layers, [], {}
+        self.limit, self.elite, self.table = 2 * n_layers, [], {}
         self.policy = cache(self.policy_after)
         self.update_policy()
 
@@ -126,10 +126,9 @@ class Search:
         reward = self.result.reward(chain)
         self.worth[chain] = score or math.exp(self.result.promises.get(chain, -math.inf))
         self.value[chain] = reward - score + self.worth[chain]
-        if self.learn and self.result.depth_penalty and score > 0 and reward > self.highest:
-            self.highest = reward
+        if self.learn and self.result.depth_penalty and score > 0:
             depth = (1 - reward) * self.n_layers / self.result.depth_penalty  # at which a full score has this reward
-            self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1  # branch and bound; 1e-6: rounding
+            self.limit = math.ceil(min(self.limit + 1, depth - 1e-6)) - 1  # branch and bound; 1e-6: rounding
 
     def update_policy(self, chains=()):
         """Updates the elite with these chains and, if it changed, `table` and `rate`."""
@@ -152,7 +151,7 @@ class Search:
         priors = dict.fromkeys(actions, 0)
         for usual, weight in row.items():
             departures, share = self.departures[usual], weight / total
-            departure = sum([departures[action] for action in actions]) / self.rate  # its probability; at most 1/2 below
+            departure = sum([departures[action] for action in actions]) / self.rate  # probability; at most 1/2 below
             priors[usual] += share * max(0.5, 1 - departure)
             share /= self.rate * max(1, 2 * departure)
             for action in actions:
@@ -180,17 +179,17 @@ class Search:
 
     def roll_out(self, start, pending):
         """Completes actions with the policy to a chain that is new, allowed and within the limit; None after TRIES."""
-        policy, draw, most = self.policy, self.rng.random, self.limit + 1  # actions; the walk is the inner loop
+        policy, draw, most = self.policy, self.rng.random, self.limit + 2  # actions, with -1 and stop
         for _ in range(TRIES if start[-1] != self.stop else 1):
             actions, action = [*start], start[-1]
-            while action != self.stop and len(actions) <= most:
+            while action != self.stop and len(actions) < most:
                 _, choices, cumulative = policy(action)
                 action = choices[bisect(cumulative, draw())]
                 actions.append(action)
-            chain = tuple(actions[1:-1])
-            if (action == self.stop and len(chain) <= self.limit and chain not in self.value
-                    and chain not in pending and self.allowed(chain)):
-                return chain
+            if action == self.stop and len(actions) <= most:
+                chain = tuple(actions[1:-1])
+                if chain not in self.value and chain not in pending and self.allowed(chain):
+                    return chain
 
     def back_up(self, path, value):
         for node in path:

@@ -180,7 +180,7 @@ def test_exact_match_ignores_only_surrounding_white_space():
 
 def test_chat_messages_and_boxed_prompts(tmp_path):
     choice, = data.load(str(write_rows(tmp_path / "rows.jsonl", CHOICE)))
-    assert data.Problem("", "1 + 1?", "2", examples=(choice,)).messages == [
+    assert data.Problem("", "1 + 1?", "2", examples=(choice,)).messages[:-1] == [
         {"role": "user", "content": f"{choice.question}\nAnswer with the letter of the right choice only."},
         {"role": "assistant", "content": "B"},
         {"role": "user", "content": "1 + 1?\nAnswer with the final answer only."}]
@@ -189,7 +189,7 @@ def test_chat_messages_and_boxed_prompts(tmp_path):
     problem = data.load(str(rows), shots=1, boxed=tmp_path / "form")[0]
     example, question = ("Use \\boxed{}.\n%d + 1?\nAnswer:" % i for i in (2, 1))
     assert problem.prompt == f"{example} \\boxed{{3}}\n\n{question}" and problem.answer == "\\boxed{2}"
-    assert [turn["content"] for turn in problem.messages] == [example, "\\boxed{3}", question]
+    assert [turn["content"] for turn in problem.messages[:-1]] == [example, "\\boxed{3}", question]
 
 
 # Chat templates as model authors write them.
@@ -232,8 +232,8 @@ def test_token_ids_equal_transformers(config, template, bos, tmp_path, monkeypat
                                                 data.load("arithmetic", shots=1)[:3]):
         prompt, answer = tokenizer.encode(problem)
         if tokenizer.chat:
-            assert prompt == oracle.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False,
-                                                        enable_thinking=False)
+            assert prompt == oracle.apply_chat_template(problem.messages[:-1], add_generation_prompt=True,
+                                                        return_dict=False, enable_thinking=False)
         else:
             assert prompt == oracle(problem.prompt).input_ids
             assert prompt + answer == oracle(f"{problem.prompt} {problem.answer}").input_ids
@@ -263,7 +263,9 @@ def test_stop_tokens_are_end_tokens_and_line_breaks(tiny, tmp_path):
     raw = Tokenizer(models.WordLevel({"?": 0, "▁1": 1, "▁9": 2, "9\n": 3, "▁9\n": 4}, unk_token="?"))
     raw.decoder = decoders.Metaspace()  # which drops the blank of a token that stands alone
     tokenizer = data.Tokenizer(checkpoint(tmp_path / "blank", {"tokenizer.json": raw.to_str()}))
-    assert tokenizer.fused([1, 2]) == {4} and tokenizer.fused([2]) == {3, 4}
+    for ids, fused in [([1, 2], {4}), ([2], {3, 4})]:
+        tokenizer.encode = lambda problem: ([0], ids)
+        assert cola.Sample(tiny[0], tokenizer, data.Problem("", "", tokenizer.decode(ids))).fused == fused
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -573,7 +575,7 @@ def test_config_with_absent_parts_or_a_sliding_window(settings, positions, tmp_p
     ({"tensors": {"model.layers.3.self_attn.q_norm.weight": torch.ones(32)}}, "Missing .*layers.0.*k_norm"),
     ({"tensors": {"model.layers.3.mlp.gate.weight": torch.ones(2, 64)}, "num_experts_per_tok": 3}, "3 of 2 experts"),
     ({"tensors": {"model.embed_tokens.weight": torch.ones(283, 64)}, "vocab_size": 283}, "more tokens"),  # ids to 283
-    ({"files": {"tokenizer_config.json": "[]"}}, "TypeError"), ({"files": {"chat_template.jinja": "{%"}}, "--no-chat"),
+    ({"files": {"tokenizer_config.json": "[]"}}, "malformed"), ({"files": {"chat_template.jinja": "{%"}}, "--no-chat"),
     ({"files": {"chat_template.jinja": "{{ ''.__class__.__mro__ }}"}}, "--no-chat")],  # out of the sandbox
     ids=lambda value: str(value)[:60])
 def test_unsupported_or_malformed_checkpoint_is_refused(changes, says, refused, tmp_path):

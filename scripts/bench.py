@@ -67,11 +67,10 @@ def one_by_one(sample, reference):
     limit = len(sample.target) + (stop is not None)  # enough tokens to tell whether the answer is correct
     tokens = torch.tensor([prompt], device=model.lm_head.weight.device)
     alone = Verifier(model, prompt, sample.target, stop, 0, sample.fused)
-    breaks = sample.tokenizer.breaks
-    ends = sorted({*(stop or ()), *breaks}) or None
+    ends = sorted({*(stop or ()), *sample.ends}) or None
 
     def correct(new):
-        ended = stop is None or len(new) < limit or new[-1] in breaks
+        ended = stop is None or len(new) < limit or new[-1] in sample.ends
         return ended and data.exact_match(sample.read(new), sample.problem.answer)
 
     def transformers_generate(chain):
@@ -81,7 +80,7 @@ def one_by_one(sample, reference):
         return correct(new[:-1] if stop and new[-1] in stop else new)
 
     ways = {"a": transformers_generate} if reference else {}
-    return ways | {"b": lambda chain: correct(model.generate(prompt, chain, limit, stop, breaks)),
+    return ways | {"b": lambda chain: correct(model.generate(prompt, chain, limit, stop, sample.ends)),
                    "c": lambda chain: alone([chain])[0]}
 
 
