@@ -56,9 +56,9 @@ class Node:
         self.children, self.visits, self.total, self.closed = defaultdict(Node), 0, 0.0, False  # total: of the values
 
     def bound(self, width):
-        """The upper confidence bound Q + c * P * sqrt(N) / (1 + n), PUCT [2], where `width` is c * P * sqrt(N).
+        """The upper confidence bound Q + c * P * sqrt(N) / (1 + n) of PUCT [2]; `width` is c * P * sqrt(N).
 
-        Q, n, P: this node's mean value, visits and prior. N: its parent's visits.
+        Q, P, n: this node's mean value, prior and visits. N: its parent's visits.
         """
         return self.total / self.visits + width / (1 + self.visits)
 
@@ -105,8 +105,7 @@ class Search:
             departures = [[weight / (row_sum or 1) for weight in row] for row, row_sum in zip(departures, row_sums)]
             row_sums = [row_sum / (row_sum or 1) for row_sum in row_sums]
         self.departures, self.row_sums = departures, row_sums
-        self.limit, self.elite, self.table = 2 * n_layers, [], {}
-        self.policy = cache(self.policy_after)
+        self.limit, self.elite, self.table, self.policy = 2 * n_layers, [], {}, cache(self.policy_after)
         self.update_policy()
 
     def window(self, last):
