@@ -168,7 +168,7 @@ class Sample:
     Attributes:
       prompt, target: token ids of the prompt and of the correct answer after it.
       stop: set of ids, one of which must follow the answer; None for a box, or a label that begins no other label.
-      ends: set of ids of tokens whose text ends an answer, with a line break or, of a box, a closing brace.
+      ends: set of ids of the tokens with a line break, such as ")\\n", or, for a box, a closing brace.
       verify, fused: the Verifier of this answer, and its argument of that name.
     Raises ValueError if the tokenizer does not fit the model or cannot write the answer, or the prompt is too long.
     """
@@ -181,23 +181,23 @@ class Sample:
         if not data.exact_match(written := tokenizer.decode(self.target), problem.answer):  # unknown characters, say
             raise ValueError(f"the tokenizer cannot write the answer {problem.answer!r} of sample {problem.id}, only "
                              f"{written!r}; leave this sample out")
-        complete = [label for label in problem.choices if label.startswith(problem.answer)] == [problem.answer]
+        complete = sum(label.startswith(problem.answer) for label in problem.choices) == 1
         self.stop = None if complete or problem.form else tokenizer.stop
-        self.ends = tokenizer.breaks | (tokenizer.braces if problem.form else set())
+        self.ends = {i for i, text in tokenizer.texts.items() if "\n" in text or problem.form and "}" in text}
         self.fused = {i for i in self.ends if data.exact_match(self.read([*self.target[:-1], i]), problem.answer)}
         self.fused -= {self.target[-1]}
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb, self.fused)
 
     def answer(self, chain):
         """The text that greedy decoding writes under a chain, and whether it is the correct one, `problem.answer`."""
-        limit = max(32, len(self.target) + 1) if self.stop or self.problem.form else len(self.target)
+        limit = max(32, len(self.target) + 1) if self.stop is not None or self.problem.form else len(self.target)
         ids = self.model.generate(self.prompt, chain, limit, self.tokenizer.stop, self.ends)
-        ended = not self.stop or len(ids) < limit or ids[-1] in self.ends  # not cut off at the limit
+        ended = self.stop is None or len(ids) < limit or ids[-1] in self.ends  # not cut off at the limit
         text = self.read(ids)
         return text, ended and data.exact_match(text, self.problem.answer)
 
     def read(self, ids):
-        """The answer that generated ids spell: their text up to a line break or, of a box, its closing brace."""
+        """The answer that generated ids spell: their text up to a line break or, for a box, its closing brace."""
         text = self.tokenizer.decode(ids).partition("\n")[0].strip()
         return "".join(text.partition("}")[:2]) if self.problem.form else text
 

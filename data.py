@@ -37,8 +37,8 @@ FROM_VIEWER = {"arc-easy": ("allenai/ai2_arc", "ARC-Easy"),
 ARITHMETIC = ("arithmetic", *(f"arithmetic-{level}" for level in TERMS_OF_LEVEL))
 MATH = ("math", "math-1", "math-2", "math-3", "math-4", "math-5")
 DATASETS = (*ARITHMETIC, *FROM_VIEWER, *MATH)
-# Later ones take precedence; any may be missing.
-SETTINGS = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+# Where two of these files disagree, the later one counts.
+SETTINGS = ("special_tokens_map.json", "tokenizer_config.json", "config.json", "generation_config.json")
 DATE = datetime(2024, 7, 26)  # given to chat templates as today, so that prompts never change
 
 
@@ -66,7 +66,7 @@ class Problem:
 
     @property
     def messages(self):
-        """The conversation for chat models, with its answer. They tend to explain, so it asks for the bare answer."""
+        """The conversation for a chat model, with its answer. It asks for the answer alone, as such models explain."""
         turns = []
         for problem in (*self.examples, self):
             wanted = "letter of the right choice" if problem.choices else "final answer"
@@ -170,7 +170,7 @@ def read_jsonl(path):
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=lambda name: None)  # NaN and Infinity are no answers
+            row = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: None)  # NaN is no answer
             json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate such as \ud83d
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one object per line") from None
@@ -243,7 +243,7 @@ class Tokenizer:
       chat: whether to apply the chat template, if there is one.
     Attributes:
       stop: set of ids that end an answer: end-of-text tokens, and line breaks preceded by white space only.
-      breaks, braces: sets of ids of the tokens with a line break, such as ")\\n", and of those with a closing brace.
+      texts: {id: text} of every token.
     Raises ValueError with one line that says what to do.
     """
 
@@ -270,11 +270,9 @@ class Tokenizer:
                 self.template = compile_template(source, special)
             ids = self.tokenizer.get_vocab().values()  # there may be gaps
             self.texts = dict(zip(ids, self.tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)))
-            self.breaks = {i for i, text in self.texts.items() if "\n" in text}
-            self.braces = {i for i, text in self.texts.items() if "}" in text}
-            ends = settings.get("eos_token_id", [])
-            self.stop = {*map(int, ends)} if isinstance(ends, list) else {int(ends)}
-            self.stop |= {i for i in self.breaks if not self.texts[i].partition("\n")[0].strip()}
+            ends = settings.get("eos_token_id")
+            self.stop = {int(i) for i in (ends if isinstance(ends, list) else [ends]) if i is not None}
+            self.stop |= {i for i, text in self.texts.items() if re.match(r"\s*\n", text)}
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise ValueError(f"{folder}: tokenizer.json or a file beside it is missing or malformed ({error!r}); fetch "
                              "the checkpoint again, or use --no-chat if it is the chat template") from None

@@ -20,10 +20,10 @@ from numbers import Real
 from operator import itemgetter
 
 ELITE = 16  # chains in the elite; results/search_ablation.md shows what this and the other constants are worth
-SHARPNESS = 3  # each transition of an elite chain counts with the chain's worth to this power
+SHARPNESS = 3  # each transition of an elite chain is weighted by the chain's worth to this power
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
-MISSES = 1000  # walks without a new chain after which a batch is scored as it is or, if empty, given up
+MISSES = 1000  # walks without a new chain until a batch is scored as it is or, if empty, the search moves on
 
 
 @dataclass
@@ -56,11 +56,8 @@ class Node:
         self.children, self.visits, self.total, self.closed = defaultdict(Node), 0, 0.0, False  # total: of the values
 
     def bound(self, width):
-        """The upper confidence bound Q + c * P * sqrt(N) / (1 + n) of PUCT [2]; `width` is c * P * sqrt(N).
-
-        Q, P, n: this node's mean value, prior and visits. N: its parent's visits.
-        """
-        return self.total / self.visits + width / (1 + self.visits)
+        """The upper confidence bound of PUCT [2], Q + c * P * sqrt(N) / (1 + n); `width` is c * P * sqrt(N)."""
+        return self.total / self.visits + width / (1 + self.visits)  # mean value Q, visits n; N: the parent's; P: prior
 
     def select(self, priors, exploration):
         """The action with the highest bound, or None if all are closed. `priors` lists the most likely action first."""
@@ -70,8 +67,10 @@ class Node:
                 best, highest = action, self.total / self.visits + scale * prior
                 break  # other untried actions have lower priors
         for action, child in self.children.items():
-            if not child.closed and (bound := child.bound(scale * priors[action])) > highest:
-                best, highest = action, bound
+            if not child.closed:
+                bound = child.bound(scale * priors[action])
+                if best is None or bound > highest:
+                    best, highest = action, bound
         return best
 
 
@@ -81,11 +80,11 @@ class Search:
     Attributes:
       worth: {chain: its score or, if 0, exp(promise)}, the geometric mean of the answer's token probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
-      limit: the greatest depth to try: 2 * n_layers, or the last at which a score of 1 beats all chains so far.
+      limit: the greatest depth to try: 2 * n_layers, or where a score of 1 just beats `highest`, the best reward.
       elite: the ELITE chains of highest value, correct or wrong, no deeper than a correct best chain: limit + 1.
       table: {layer: {action: weight}}, the transitions of the elite or, while it is worth 0, of the full-depth chain.
-      departures, row_sums: the argument; for each action, the sum of the weights of what may replace it.
-      rate: the row sums along a chain, mean over the elite; divided by it, departures occur about once per walk.
+      departures, row_sums: the weights; for each action, their sum over the actions that may replace it.
+      rate: the sum of row_sums along a chain, mean over the elite; divided by it, a walk departs about once.
     """
 
     def __init__(self, n_layers, seed, depth_penalty, exploration, max_skip, max_loop, allowed, departures, learn,
@@ -101,11 +100,11 @@ class Search:
             raise ValueError(f"departures must be a table of n_layers + 1 = {n_layers + 1} rows and columns")
         departures = [[0 if i == j else departures[i][j] for j in actions] for i in actions]
         row_sums = [sum(departures[i][j] for j in (*self.window(i - 1), self.stop)) for i in actions]
-        if even:
-            departures = [[weight / (row_sum or 1) for weight in row] for row, row_sum in zip(departures, row_sums)]
-            row_sums = [row_sum / (row_sum or 1) for row_sum in row_sums]
-        self.departures, self.row_sums = departures, row_sums
-        self.limit, self.elite, self.table, self.policy = 2 * n_layers, [], {}, cache(self.policy_after)
+        scales = [1 / (row_sum or 1) if even else 1 for row_sum in row_sums]
+        self.departures = [[scale * weight for weight in row] for scale, row in zip(scales, departures)]
+        self.row_sums = [scale * row_sum for scale, row_sum in zip(scales, row_sums)]
+        self.highest, self.limit, self.elite, self.table = -math.inf, 2 * n_layers, [], {}
+        self.policy = cache(self.policy_after)
         self.update_policy()
 
     def window(self, last):
@@ -125,9 +124,10 @@ class Search:
         reward = self.result.reward(chain)
         self.worth[chain] = score or math.exp(self.result.promises.get(chain, -math.inf))
         self.value[chain] = reward - score + self.worth[chain]
-        if self.learn and self.result.depth_penalty and score > 0:
+        if self.learn and self.result.depth_penalty and score > 0 and reward > self.highest:
+            self.highest = reward
             depth = (1 - reward) * self.n_layers / self.result.depth_penalty  # at which a full score has this reward
-            self.limit = math.ceil(min(self.limit + 1, depth - 1e-6)) - 1  # branch and bound; 1e-6: rounding
+            self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1  # branch and bound; 1e-6: rounding
 
     def update_policy(self, chains=()):
         """Updates the elite with these chains and, if it changed, `table` and `rate`."""
@@ -150,7 +150,7 @@ class Search:
         priors = dict.fromkeys(actions, 0)
         for usual, weight in row.items():
             departures, share = self.departures[usual], weight / total
-            departure = sum([departures[action] for action in actions]) / self.rate  # probability; at most 1/2 below
+            departure = sum([departures[action] for action in actions]) / self.rate  # its probability; capped below
             priors[usual] += share * max(0.5, 1 - departure)
             share /= self.rate * max(1, 2 * departure)
             for action in actions:
@@ -178,17 +178,16 @@ class Search:
 
     def roll_out(self, start, pending):
         """Completes actions with the policy to a chain that is new, allowed and within the limit; None after TRIES."""
-        policy, draw, most = self.policy, self.rng.random, self.limit + 2  # actions, with -1 and stop
-        for _ in range(TRIES if start[-1] != self.stop else 1):
+        for _ in range(TRIES):
             actions, action = [*start], start[-1]
-            while action != self.stop and len(actions) < most:
-                _, choices, cumulative = policy(action)
-                action = choices[bisect(cumulative, draw())]
+            while action != self.stop and len(actions) <= self.limit + 1:
+                _, choices, cumulative = self.policy(action)
+                action = choices[bisect(cumulative, self.rng.random())]
                 actions.append(action)
-            if action == self.stop and len(actions) <= most:
-                chain = tuple(actions[1:-1])
-                if chain not in self.value and chain not in pending and self.allowed(chain):
-                    return chain
+            chain = tuple(actions[1:-1])
+            if (action == self.stop and len(chain) <= self.limit and chain not in self.value
+                    and chain not in pending and self.allowed(chain)):
+                return chain
 
     def back_up(self, path, value):
         for node in path:
