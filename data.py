@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import jinja2.ext
-from huggingface_hub import cached_assets_path, constants, get_session, hf_hub_download
+from huggingface_hub import cached_assets_path, constants, get_session, snapshot_download
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
@@ -101,7 +101,8 @@ def load(dataset, shots=0, split=None, boxed=None):
     elif dataset in FROM_VIEWER:
         problems = pool = read_jsonl(fetch_rows(*FROM_VIEWER[dataset], split or "test"))
     elif dataset in MATH:
-        every = read_jsonl(hf_hub_download("HuggingFaceH4/MATH-500", "test.jsonl", repo_type="dataset"))
+        folder = snapshot_download("HuggingFaceH4/MATH-500", repo_type="dataset", allow_patterns="test.jsonl")
+        every = read_jsonl(Path(folder) / "test.jsonl")
         problems = pool = [problem for problem in every if dataset in ("math", f"math-{problem.level}")]
     elif Path(dataset).is_file():
         problems = pool = read_jsonl(dataset)
