@@ -252,7 +252,7 @@ def search_chain(args, sample):
     else:
         say_answer("best", sample, correct[discarded])
     if discarded:
-        say("discarded", f"{discarded} chains that `generate` did not confirm")
+        say("discarded", f"{discarded} that `generate` did not confirm")
 
 
 def run(args):

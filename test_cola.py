@@ -761,8 +761,8 @@ def test_best_chain_is_confirmed_by_generate(tiny, command, monkeypatch, tmp_pat
     discarded = [sample.answer(chain)[1] for chain in chains].index(True)
     out = command(cola, "--sample-id", 0, "--simulations", 40, "--device", "cpu")[1]
     assert f"chain     {cola.format_chain(chains[discarded])}\n" in out and discarded > 0
-    assert f"discarded {discarded} chains that `generate` did not confirm\n" in out
-    assert re.search("best      none(.*\n)*discarded 20 chains", command(cola, *odd)[1])
+    assert f"discarded {discarded} that `generate` did not confirm\n" in out
+    assert re.search("best      none(.*\n)*discarded 20 that", command(cola, *odd)[1])
 
 
 def test_options_reach_the_search_and_the_sample(command, monkeypatch, tmp_path):
