@@ -257,16 +257,17 @@ def test_answer_tokens_continue_the_prompt(template, end, answer, written, tmp_p
 def test_stop_tokens_are_end_tokens_and_line_breaks(tiny, tmp_path):
     encode, stop = tiny[1].encode_text, tiny[1].stop
     assert {0, *encode("\n"), *encode("\nAnswer:")} <= stop and not stop & {*encode("Question: What is -12 + 7?")}
-    for text, ends in [("{}", {70, 71}), ('{"eos_token_id": [72, null]}', {72}), ('{"eos_token_id": 0}', {0})]:
-        files = {"generation_config.json": text, "tokenizer_config.json": '{"eos_token_id": 73}'}
-        stop = data.Tokenizer(checkpoint(tmp_path / str(ends), files, eos_token_id=[70, 71])).stop
-        assert stop & {0, 70, 71, 72, 73} == ends
-    raw = Tokenizer(models.WordLevel({"?": 0, "▁1": 1, "▁9": 2, "9\n": 3, "▁9\n": 4}, unk_token="?"))
+    for eos, ends in [("null", {70, 71}), ("[72, null]", {72}), ("0", {0})]:
+        files = {"generation_config.json": '{"eos_token_id": %s}' % eos, "tokenizer_config.json": '{"eos_token_id": 9}'}
+        folder = checkpoint(tmp_path / eos, files, eos_token_id=[70, 71])
+        assert data.Tokenizer(folder).stop & {0, 9, 70, 71, 72} == ends
+    raw = Tokenizer(models.WordLevel({"?": 0, "▁1": 1, "▁9": 2, "9\n": 3, "▁9\n": 4, "\t\n": 5}, unk_token="?"))
     raw.decoder = decoders.Metaspace()  # which drops the blank of a token that stands alone
     tokenizer = data.Tokenizer(checkpoint(tmp_path / "blank", {"tokenizer.json": raw.to_str()}))
     for ids, fused in [([1, 2], {4}), ([2], {3, 4})]:
         tokenizer.encode = lambda problem: ([0], ids)
         assert cola.Sample(tiny[0], tokenizer, data.Problem("", "", tokenizer.decode(ids))).fused == fused
+    assert tokenizer.stop == {0, 5} and cola.Sample(*tiny, data.Problem("", "", "1", ("1", "10"))).stop  # or it is 10
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -464,6 +465,7 @@ def test_verifier_agrees_with_generate_and_exact_match(fused, tmp_path):
         for answer in {problem.answer, sample.answer(chains[1])[0]} - {""}:  # what some chain writes
             sample = cola.Sample(model, tokenizer, replace(problem, answer=answer))
             assert sample.target[-1] not in sample.verify.fused  # else the promise would count it twice
+            assert (tokenizer.encode_text("}")[0] in sample.ends) == boxed
             for chain, verdict in zip(chains, sample.verify(chains), strict=True):
                 ids = model.generate(sample.prompt, chain, len(sample.target) + 1, *ends)
                 text = tokenizer.decode(ids).partition("\n")[0]
@@ -658,8 +660,7 @@ def test_search_prunes_chains_too_deep_to_be_the_best():
     deep = mcts.search(lambda chains: [(len(chain) == 12, -0.5 * abs(12 - len(chain))) for chain in chains], n_layers=6,
                        depth_penalty=2)  # as long as nothing is correct, no depth is too deep, whatever it costs
     assert len(deep.best) == 12
-    deeper = mcts.search(lambda chains: [0 in chain for chain in chains], 12)  # than (0,): nothing better is left
-    assert sum(deeper.evaluated.values()) > 150
+    assert sum(mcts.search(lambda chains: [0 in chain for chain in chains], 12).evaluated.values()) > 150
 
 
 def test_fractional_score_is_weighed_against_the_depth_penalty():
@@ -697,10 +698,11 @@ def test_search_departs_from_short_chains_as_often_as_from_long_ones():
 
 
 def test_search_follows_departure_weights():
-    weights = [[float((i, j) in [(3, 5), (7, 6)]) for j in range(9)] for i in range(9)]
-    found = mcts.search(lambda chains: [False] * len(chains), 8, 8, departures=weights).evaluated
-    steps = {step for chain in found for step in itertools.pairwise((*chain, 8))}
-    assert steps == {*itertools.pairwise(range(9)), (2, 5), (6, 6)}
+    for simulations, pairs in [(2, {(3, 5)}), (8, {(3, 5), (7, 6)})]:
+        weights = [[float((i, j) in pairs) for j in range(9)] for i in range(9)]
+        found = mcts.search(lambda chains: [False] * len(chains), 8, simulations, 5, departures=weights).evaluated
+        steps = {step for chain in found for step in itertools.pairwise((*chain, 8))}
+        assert steps == {*itertools.pairwise(range(9)), *((i - 1, j) for i, j in pairs)}
 
 
 def test_malformed_scores_and_settings_out_of_range_are_refused():
@@ -756,8 +758,7 @@ def test_best_chain_is_confirmed_by_generate(tiny, command, monkeypatch, tmp_pat
     assert "best      none" in out and "20 chains evaluated, 0 correct" in out and "discarded" not in out
     monkeypatch.setattr(Verifier, "score", lambda self, chains: [(True, -0.1)] * len(chains))
     sample = cola.Sample(*tiny, data.load("arithmetic")[0])
-    found = mcts.search(sample.verify.score, 12, 40, departures=sample.verify.departures()).evaluated
-    chains = sorted(found, key=len)
+    chains = sorted(mcts.search(sample.verify.score, 12, 40, departures=sample.verify.departures()).evaluated, key=len)
     discarded = [sample.answer(chain)[1] for chain in chains].index(True)
     out = command(cola, "--sample-id", 0, "--simulations", 40, "--device", "cpu")[1]
     assert f"chain     {cola.format_chain(chains[discarded])}\n" in out and discarded > 0
