@@ -1029,8 +1029,7 @@ def test_report_equals_figures_computed_by_hand_and_a_textbook_interval(tmp_path
     files = [tmp_path / "a.jsonl.gz", write_rows(tmp_path / "b.jsonl", *LINES[3:])]
     files[0].write_bytes(gzip.compress(write_rows(tmp_path / "a", *LINES[:5]).read_bytes()))
     files[1].write_bytes(files[1].read_bytes() + b'{"torn')
-    code, out, _ = command(report, *files)
-    third = "33.3% (6%-79%)"
+    (code, out, _), third = command(report, *files), "33.3% (6%-79%)"
     assert code is None and [row[1:] for row in table(out) if row[0] == "org/m, math"] == [
         ["8", "37.5% (14%-69%)", "75.0% (41%-93%)", "66.7% (21%-94%)", "33.33 ± 32.67", "60.0% (23%-88%)",
          "50.0% (15%-85%)", "+0.0 points (-49 to +49)"],
@@ -1056,6 +1055,7 @@ def test_malformed_study_file_is_refused(tmp_path, refused):
     (tmp_path / "a.jsonl").write_bytes(b"\xff\n")
     refused("a.jsonl, line . is not as scripts.study writes it", study, "--out", tmp_path / "a.jsonl")
     refused("none.jsonl: No such file", report, tmp_path / "none.jsonl")
+    refused("0 has another result", report, *(write_rows(tmp_path / str(i), LINES[0] | {"best": [i]}) for i in (1, 2)))
     refused("empty.jsonl: no lines", report, write_rows(tmp_path / "empty.jsonl"))
 
 

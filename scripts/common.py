@@ -117,13 +117,16 @@ def read_lines(path):
 
 
 def studies(paths):
-    """The lines of all files, {title of a study: its lines by sample}; a line that occurs twice counts once."""
+    """The lines of all files, {title of a study: its lines by sample}; a sample with the same result counts once."""
     found = {}
     for path in paths:
         for file in files_of(path) or [path]:
             for line in read_lines(file):
                 study = json.dumps(line["settings"], sort_keys=True)
-                found.setdefault(study, {}).setdefault(line["sample"], line)
+                known = found.setdefault(study, {}).setdefault(line["sample"], line)
+                if known["best"] != line["best"]:  # of a fork, say
+                    raise ValueError(f"{file}: sample {line['sample']} has another result in a file with the same "
+                                     "settings; report them one by one")
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no lines; run python -m scripts.study")
     titled, all_settings = {}, [json.loads(study) for study in found]
