@@ -50,7 +50,7 @@ def tables(args):
             "mcts.search": (ours(), None),
             "follow_best": (baseline(follow_best), None),
             **{name: (baseline(getattr(search_baselines, name)), None)
-               for name in ("guided_search", "hill_climb", "edit_mcts", "random_chains", "leaf_mcts")}},
+               for name in ("guided_search", "hill_climb", "edit_mcts", "released_mcts", "random_chains")}},
         "ablation": {
             "mcts.search": (ours(), None),
             "no tree": (ours(), constants(MATURE=10 ** 4)),

@@ -10,8 +10,10 @@ up after 20 proposals a chain. guided_search scores 16 chains at a time, the oth
   edit_mcts      the protocol of the CoLa paper (arXiv 2507.07996): the root is the full-depth chain, an action skips a
                  block of 1-4 layers or repeats one, UCB with c = 1.8, a length penalty of 3.0 * depth / n_layers inside
                  the UCB score, a random child with probability 0.1. Textbook UCT otherwise.
-  leaf_mcts      the same, but it descends to a leaf before it expands: no node ever gets a second child, so the tree
-                 is a path.
+  released_mcts  the search that the authors of CoLa released in 2026 (github.com/tianyi-lab/PoLar, commit c86d76e),
+                 without its bounds on the length: a leaf gets all its children at once, one of which is evaluated;
+                 blocks of more than one layer at the root only, each layer at most twice, UCB with c = sqrt(2), a
+                 length penalty of 5. A child not yet evaluated is only reached at random.
   hill_climb     keeps the shortest correct chain so far and changes one or two random blocks of it.
   random_chains  walks the layers in order and jumps by -4..+4 with probability 0.1 at each step.
 """
@@ -93,7 +95,7 @@ def _child(parent, n_layers, rng, leave, loop):
     return tuple(chain)
 
 
-def edit_mcts(score, n_layers, budget=200, seed=0, c=1.8, length_penalty=3.0, random_child=0.1, leaf_only=False):
+def edit_mcts(score, n_layers, budget=200, seed=0, c=1.8, length_penalty=3.0, random_child=0.1):
     class Node:
         def __init__(self, chain, parent, rng):
             self.chain, self.parent, self.children, self.visits, self.value = chain, parent, [], 0, 0.0
@@ -107,7 +109,7 @@ def edit_mcts(score, n_layers, budget=200, seed=0, c=1.8, length_penalty=3.0, ra
         root = Node(tuple(range(n_layers)), None, rng)
         for t in range(1, budget + 1):  # the paper counts simulations, repeated chains included
             node = root
-            while node.children and (leaf_only or not node.untried):
+            while node.children and not node.untried:
                 if rng.random() < random_child:
                     node = rng.choice(node.children)
                 else:
@@ -124,8 +126,43 @@ def edit_mcts(score, n_layers, budget=200, seed=0, c=1.8, length_penalty=3.0, ra
     return _spend(propose, score, n_layers, budget, seed)
 
 
-def leaf_mcts(score, n_layers, budget=200, seed=0):
-    return edit_mcts(score, n_layers, budget, seed, leaf_only=True)
+def released_mcts(score, n_layers, budget=200, seed=0, c=math.sqrt(2), length_penalty=5.0, random_child=0.1):
+    class Node:
+        def __init__(self, chain, parent):
+            self.chain, self.parent, self.children, self.visits, self.value = chain, parent, [], 0, 0.0
+            self.bound, self.closed = -math.inf, False
+
+    def edits(chain, sizes):
+        for i in range(len(chain)):
+            for k in sizes:
+                if i + k <= len(chain):
+                    yield chain[:i] + chain[i + k:]
+                    if all(chain.count(layer) < 2 for layer in chain[i:i + k]) and len(chain) + k <= 2 * n_layers:
+                        yield chain[:i + k] + chain[i:]
+
+    def propose(evaluate, n_layers, rng, budget):
+        root = Node(tuple(range(n_layers)), None)
+        known = {root.chain, ()}
+        while not root.closed:
+            node = root
+            while open_children := [child for child in node.children if not child.closed]:
+                node = (rng.choice(open_children) if rng.random() < random_child else
+                        max(open_children, key=lambda child: child.bound))
+            for chain in edits(node.chain, (1, 2, 3, 4) if node is root else (1,)):
+                if chain not in known:
+                    known.add(chain)
+                    node.children.append(Node(chain, node))
+            node.closed = not node.children
+            node = rng.choice(node.children or [node])
+            reward = float(evaluate(node.chain))
+            while node:
+                node.visits, node.value = node.visits + 1, node.value + reward
+                node.bound = (node.value / node.visits - length_penalty * len(node.chain) / n_layers
+                              + c * math.sqrt(math.log(root.visits + 1) / node.visits))
+                node.closed = node.closed or bool(node.children) and all(child.closed for child in node.children)
+                node = node.parent
+
+    return _spend(propose, score, n_layers, budget, seed)
 
 
 def hill_climb(score, n_layers, budget=200, seed=0):
