@@ -1,9 +1,9 @@
 """Searches to measure `mcts.search` against, on chains of at most the same length and with the same budget.
 
 Each takes (score, n_layers, budget, seed), where `score` is `Verifier.score`, and returns {chain: correct} for every
-distinct chain that it evaluated, the full-depth chain first. None evaluates more distinct chains than the budget. The
-two tree searches count a chain seen before as a simulation, as the paper does, and so evaluate fewer; hill_climb gives
-up after 20 proposals a chain. guided_search scores 16 chains at a time, the others one. follow_best.py holds one more.
+distinct chain that it evaluated, the full-depth chain first. None evaluates more distinct chains than the budget.
+edit_mcts counts a chain seen before as a simulation, as the paper does, and so evaluates fewer; hill_climb gives up
+after 20 proposals a chain. guided_search scores 16 chains at a time, the others one. follow_best.py holds one more.
 
   guided_search  evolution: parents are, for each depth, the correct or else most promising chain so far; a child
                  follows its parent from the first layer and leaves it now and then to skip, loop or stop.
