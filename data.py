@@ -66,7 +66,7 @@ class Problem:
 
     @property
     def messages(self):
-        """The conversation for a chat model, with its answer. It asks for the answer alone, as such models explain."""
+        """The conversation for a chat model, answer included. It asks for the bare answer, without an explanation."""
         turns = []
         for problem in (*self.examples, self):
             wanted = "letter of the right choice" if problem.choices else "final answer"

@@ -23,7 +23,7 @@ ELITE = 16  # chains in the elite; results/search_ablation.md shows what this an
 SHARPNESS = 3  # each transition of an elite chain is weighted by the chain's worth to this power
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
-MISSES = 1000  # walks without a new chain until a batch is scored as it is or, if empty, the search moves on
+MISSES = 1000  # walks without a new chain before a batch is scored as it is or, if empty, the search moves on
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Node:
 
     def bound(self, width):
         """The upper confidence bound of PUCT [2], Q + c * P * sqrt(N) / (1 + n); `width` is c * P * sqrt(N)."""
-        return self.total / self.visits + width / (1 + self.visits)  # mean value Q, visits n; N: the parent's; P: prior
+        return self.total / self.visits + width / (1 + self.visits)  # Q: mean value, n: visits, N: the parent's
 
     def select(self, priors, exploration):
         """The action with the highest bound, or None if all are closed. `priors` lists the most likely action first."""

@@ -957,7 +957,7 @@ def test_resumed_study_equals_an_uninterrupted_one(uninterrupted, tmp_path, caps
         interrupt = Mock(side_effect=KeyboardInterrupt)
         patch.setattr(cola, "Sample", lambda *given: (sample if len(lines_of(out)) < 2 else interrupt)(*given))
         run_study(out)
-    assert capsys.readouterr().err == "study: 2 of 12 samples are done; run the same command to resume\n"
+    assert capsys.readouterr().err == "study: 2 of 12 samples are done; rerun the command to resume\n"
     assert len(lines_of(out)) == 2 and run_study(out) == lines_of(uninterrupted)
     torn.write_bytes(uninterrupted.read_bytes()[:-40])
     assert run_study(torn) == lines_of(uninterrupted)

@@ -112,7 +112,8 @@ def read_lines(path):
                                                                for name, kind in SETTINGS.items())):
                         raise ValueError("a field is missing, or of another kind")
     except (ValueError, AttributeError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}, line {number} is not as scripts.study writes it ({error}); give another file") from None
+        raise ValueError(f"{path}, line {number} is not as scripts.study writes it ({error}); give "
+                         "another file") from None
     return lines
 
 

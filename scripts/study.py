@@ -179,7 +179,7 @@ def main(args):
                 bar.update()
         print(f"{own}: {len(lines)} of {len(samples)} samples are done")
     except KeyboardInterrupt:
-        print(f"study: {len(lines)} of {len(samples)} samples are done; run the same command to resume", file=sys.stderr)
+        print(f"study: {len(lines)} of {len(samples)} samples are done; rerun the command to resume", file=sys.stderr)
         sys.exit(130)
 
 
