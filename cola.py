@@ -152,16 +152,6 @@ def draw(chain, n_layers):
     return [f"{label:8}" + "".join(f"{cell:>{width}}" for cell in row).rstrip() for label, row in zip(labels, rows)]
 
 
-def explain(chain, n_layers):
-    """What a chain does, in words. A layer is reordered if it first runs after a higher one."""
-    used, top = sorted({*chain}), max(chain, default=-1)
-    parts = [("skips", [layer for layer in range(top) if layer not in used]),
-             ("loops", [layer for layer in used if chain.count(layer) > 1]),
-             ("reorders", [layer for layer in used if layer < max(chain[:chain.index(layer) + 1])]),
-             ("cuts off", range(top + 1, n_layers))]
-    return "; ".join(f"{verb} {format_chain(layers)}" for verb, layers in parts if layers) or "every layer once"
-
-
 class Sample:
     """A problem as one model sees it.
 
@@ -202,14 +192,6 @@ class Sample:
         return "".join(text.partition("}")[:2]) if self.problem.form else text
 
 
-def load_sample(args):
-    """The Sample that the arguments ask for. Raises ValueError or OSError."""
-    problems = data.load(args.dataset, args.shots, args.split, args.boxed)
-    if not 0 <= args.sample_id < len(problems):
-        raise ValueError(f"sample id {args.sample_id} is out of range; {args.dataset} has 0 to {len(problems) - 1}")
-    return Sample(*load_checkpoint(args), problems[args.sample_id], args.cache_mb)
-
-
 def say(label, text):
     """Prints text with a label in the left margin."""
     for line in text.splitlines():
@@ -218,11 +200,11 @@ def say(label, text):
 
 
 def say_answer(label, sample, chain, drawn=True):
-    """Prints what a chain answers and, if drawn, the chain: in the form of --chain, in words, and as a drawing."""
+    """Prints what a chain answers and, if drawn, the chain: in the form of --chain and as a drawing."""
     n_layers, (text, correct) = len(sample.model.layers), sample.answer(chain)
     say(label, f"{text!r}, {'correct' if correct else 'wrong'}, depth {len(chain)} (full: {n_layers})")
     if drawn:
-        say("chain", "\n".join([format_chain(chain), explain(chain, n_layers), *draw(chain, n_layers)]))
+        say("chain", "\n".join([format_chain(chain), *draw(chain, n_layers)]))
 
 
 def search(args, score, n_layers, seed, departures=None, **options):
@@ -256,15 +238,18 @@ def search_chain(args, sample):
 
 
 def run(args):
-    sample = load_sample(args)
-    model, problem = sample.model, sample.problem
+    problems = data.load(args.dataset, args.shots, args.split, args.boxed)
+    if not 0 <= args.sample_id < len(problems):
+        raise ValueError(f"sample id {args.sample_id} is out of range; {args.dataset} has 0 to {len(problems) - 1}")
+    problem, (model, tokenizer) = problems[args.sample_id], load_checkpoint(args)
+    sample = Sample(model, tokenizer, problem, args.cache_mb)
     n_layers, weight = model.config.num_hidden_layers, model.lm_head.weight
     size = sum(parameter.numel() for parameter in model.parameters())
     chain = None if args.chain is None else parse_chain(args.chain, n_layers)
     say("model", f"{args.model}: {n_layers} layers, {size / 1e6:.1f}M parameters, {weight.device}, "
                  f"{str(weight.dtype).removeprefix('torch.')}")
     say("sample", f"{args.dataset} {args.sample_id} ({problem.id}), "
-                  f"{'chat' if sample.tokenizer.chat else 'plain'} prompt of {len(sample.prompt)} tokens")
+                  f"{'chat' if tokenizer.chat else 'plain'} prompt of {len(sample.prompt)} tokens")
     say("question", problem.question)
     say("gold", problem.answer)
     if chain is None:

@@ -170,17 +170,16 @@ def read_jsonl(path):
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: None)  # NaN is no answer
             json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate such as \ud83d
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); write one object per line") from None
-        problem = read_row(row, f"{path}, line {number}", position=len(problems))
+            raise ValueError(f"{where}: not JSON in UTF-8 ({error}); write one object per line") from None
+        problem = read_row(row, where, position=len(problems))
         problems.append(problem)
-        first, answer = answers.setdefault(problem.question, (number, problem.answer))
-        if problem.answer != answer:
-            raise ValueError(f"{path}, line {number}: line {first} answers the same question with {answer!r}, this "
-                             f"one with {problem.answer!r}; leave one of them out")
+        if (other := answers.setdefault(problem.question, problem.answer)) != problem.answer:
+            raise ValueError(f"{where}: an earlier line answers this question with {other!r}; leave one of them out")
     if not problems:
         raise ValueError(f"{path} holds no rows; give a JSON Lines file with at least one")
     return problems

@@ -212,16 +212,10 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         only ratios matter. None: every i is departed from equally often, in proportion to 1 / |i - j|, half if j < i.
       batch: chains to score at a time.
       learn, promise: False for controls: learn=False draws chains around the full-depth chain without a tree (cola.py's
-        `--search random`), promise=False ignores promises (`--search blind`). cola.py gives `departures` to neither.
-    Raises ValueError for a number out of range, departures of another size, and malformed scores or not one per chain.
+        `--search random`), promise=False ignores promises (`--search blind`).
+    Raises ValueError for departures of another size, and malformed scores or not one per chain.
     """
-    max_skip = n_layers if max_skip is None else max_skip
-    for name, value, least in [("n_layers", n_layers, 1), ("simulations", simulations, 1), ("batch", batch, 1),
-                               ("max_skip", max_skip, 0), ("max_loop", max_loop, 0),
-                               ("depth_penalty", depth_penalty, 0), ("exploration", exploration, 0)]:
-        if not least <= value < math.inf:
-            raise ValueError(f"{name} must be {least} or more, not {value}")
-    state = Search(n_layers, seed, depth_penalty, exploration, max_skip, max_loop,
+    state = Search(n_layers, seed, depth_penalty, exploration, n_layers if max_skip is None else max_skip, max_loop,
                    allowed or (lambda chain: True), departures, learn, promise)
     pending = {tuple(range(n_layers)): []}  # {chain: the nodes on the way to it}; the first one is not in the tree
     while pending:  # score a batch and back it up, then collect the next one

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -67,13 +67,12 @@ class Config:
                                 "rope_type": ["default", "linear", "llama3"], "quantization_config": [None]}.items():
                 if raw.get(name) not in valid:
                     raise ValueError(f"{name} {raw.get(name)!r} is not supported, only {[*valid]}")
-            values = {entry: raw[entry.name] for entry in fields(cls) if raw.get(entry.name) is not None}
-            for entry, value in values.items():
-                types = (int, float) if entry.type is float else (entry.type,)  # JSON may say 1 for 1.0
-                absent = entry.type is int and value == entry.default  # some configs write 0 for what is absent
-                if type(value) not in types or int in types and not (absent or 0 < value < 2 ** 24):
-                    raise ValueError(f"{entry.name} {value!r} has the wrong type or is out of range")
-            config = cls(**{entry.name: value for entry, value in values.items()})
+            # Some configs write 0 or null for what is absent.
+            values = {name: kind(raw[name]) for name, kind in cls.__annotations__.items() if raw.get(name)}
+            for name, value in values.items():
+                if name != "rope_parameters" and not 0 <= value < 2 ** 24:  # false for NaN
+                    raise ValueError(f"{name} {value} is out of range")
+            config = cls(**values)
             if not rope_table(config, 0, 1, torch.empty(0))[0].isfinite().all():
                 raise ValueError(f"RoPE cannot be computed with {rope}")
             # Within its first window, sliding attention is full attention, so ending the positions there is enough.
@@ -282,8 +281,7 @@ class Llama(nn.Module):
 
         Args:
           path_or_repo: a checkpoint's folder, or its "org/name" on the hub.
-          device: "cpu", "cuda", "cuda:1", ...; None takes the GPU if there is one.
-          dtype: torch.dtype; None means bfloat16 on a GPU, float32 on the CPU.
+          device, dtype: by default the GPU, if there is one, with bfloat16; otherwise the CPU with float32.
           revision: branch, tag or commit on the hub; None means main.
         Raises ValueError or OSError (also of huggingface_hub) that says what is wrong.
         """
@@ -316,17 +314,15 @@ class Llama(nn.Module):
     def hidden(self, tokens, chain=None, cache=None):
         """Normalized last hidden states [B, T, hidden_size]; arguments as for `forward`."""
         chain = check_chain(range(len(self.layers)) if chain is None else chain, len(self.layers))
-        past = 0 if cache is None else cache.length
-        rope = rope_table(self.config, past, past + tokens.shape[1], like=self.embed_tokens.weight)
-        if cache is not None:
-            if cache.chain not in (None, chain):
-                raise ValueError(f"this cache holds chain {list(cache.chain)}; make a new KVCache for {list(chain)}")
-            cache.chain = chain
+        cache = KVCache() if cache is None else cache
+        if cache.chain not in (None, chain):
+            raise ValueError(f"this cache holds chain {list(cache.chain)}; make a new KVCache for {list(chain)}")
+        end = cache.length + tokens.shape[1]
+        rope = rope_table(self.config, cache.length, end, like=self.embed_tokens.weight)
         x = self.embed_tokens(tokens)  # [B, T, hidden_size]
         for step, layer in enumerate(chain):
             x = self.layers[layer](x, rope, cache, step)
-        if cache is not None:
-            cache.length = past + tokens.shape[1]
+        cache.length, cache.chain = end, chain
         return self.norm(x)
 
     def forward(self, tokens, chain=None, cache=None):
@@ -363,8 +359,7 @@ class Llama(nn.Module):
 
 def check_chain(chain, n_layers):
     """The chain as a tuple; raises ValueError if a layer in it does not exist."""
-    chain = tuple(chain)
-    for layer in chain:
+    for layer in (chain := tuple(chain)):
         if not 0 <= layer < n_layers:
             raise ValueError(f"layer {layer} does not exist; the model has layers 0 to {n_layers - 1}")
     return chain
@@ -377,10 +372,9 @@ class Verifier:
     if, in a pass over prompt + answer, each of its tokens is the argmax given all tokens before it. So there is no
     decoding loop and no key/value cache, and the head runs on the answer's positions only.
 
-    Shared prefixes. A prefix that several chains share runs once. Its hidden states are kept, up to `cache_mb`.
-
-    Wavefront. The chains whose next layer is the lowest run it as one batch, so its weights are read once; the others
-    wait for them to catch up. For (0 1 2 3), (0 2 3) and (0 1 1 2), 8 layer steps instead of 11:
+    A prefix that several chains share runs once (its hidden states are kept, up to `cache_mb`), and the chains whose
+    next layer is the lowest run it as one batch, so its weights are read once; the others wait for them to catch up.
+    For (0 1 2 3), (0 2 3) and (0 1 1 2), 8 layer steps instead of 11:
 
         batch          1    2           3        4                     5
         layer          0    1           1        2                     3
@@ -452,8 +446,7 @@ class Verifier:
         """Weights for `mcts.search`: a first-order guess at how well each single edit of the full-depth chain does.
 
         Entry [i][j] is for layer j reading the hidden states that layer i usually reads (n_layers: the final norm): for
-        i < j a skip of layers i to j - 1, for i > j a loop back to j. The weight is exp(gradient * tanh(effect)) /
-        far ** distance; the arguments say how much effect and far count (0: not at all, for an ablation).
+        i < j a skip of layers i to j - 1, for i > j a loop to j. It is exp(gradient * tanh(effect)) / far ** distance.
         effect: the first-order change of promise, the gradient at layer j times the change of the states that it reads
           (attribution patching, arXiv 2310.10348); bounded, because it is unreliable for large changes.
         far: 1 - cosine similarity of the two states, mean over tokens; at least 0.001.
@@ -504,12 +497,11 @@ def find_device(name=None):
     """The torch.device of that name, by default the GPU if there is one. Raises ValueError if it is unavailable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name).item()
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:
         if "out of memory" in str(error):  # it exists, but is full
             raise
         raise ValueError(f"device '{name}' is unavailable; use cpu" + " or cuda" * torch.cuda.is_available()) from None
-    return torch.device(name)
 
 
 def fetch(path_or_repo, revision=None):

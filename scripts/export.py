@@ -27,8 +27,8 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-The layers of {source} in the order `{chain}`, counted from 0: {explained}. It has {steps} layers and {here:.2f} M
-parameters, the source {layers} and {before:.2f} M. No weight was changed, so the source's licence holds.{note}
+The layers of {source} in the order `{chain}`, counted from 0. It has {steps} layers and {here:.2f} M parameters, the
+source {layers} and {before:.2f} M. No weight was changed, so the source's licence holds.{note}
 
 In transformers:
 
@@ -151,7 +151,7 @@ def export(model, chain, out, revision=None, note=""):
                for pattern in ("chat_template.jinja", "tokenizer_config.json") for file in folder.glob(pattern))
     card = CARD.format(**CHAT if chat else PLAIN, base=f"base_model: {hub}\n" if hub else "", name=out.resolve().name,
                        source=f"{hub} (revision {name})" if hub else name,  # a folder in the hub's cache is a commit
-                       chain=cola.format_chain(chain), explained=cola.explain(chain, layers), steps=len(chain),
+                       chain=cola.format_chain(chain), steps=len(chain),
                        here=here / 1e6, layers=layers, before=before / 1e6, note=note and f"\n\n{note}")
     (out / "README.md").write_text(card, encoding="utf-8")
     (out / "config.json").write_text(json.dumps(adapt(raw, config, chain, places), indent=2) + "\n")

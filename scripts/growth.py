@@ -13,6 +13,7 @@ import cola
 import torch
 from tqdm import tqdm
 
+import data
 import mcts
 from model import Config, Llama, Verifier
 
@@ -36,8 +37,8 @@ def random_case(length=64, n_layers=16):
 
 
 def tiny_case():
-    sample = cola.load_sample(cola.parser().parse_args(["--sample-id", "12"]))
-    return sample.model, sample.prompt, sample.target, sample.stop
+    model, tokenizer = cola.load_checkpoint(cola.parser().parse_args(["--sample-id", "12"]))
+    return model, *tokenizer.encode(data.load("arithmetic")[12]), tokenizer.stop
 
 
 def measure(case, simulations, seed):
