@@ -497,11 +497,11 @@ def find_device(name=None):
     """The torch.device of that name, by default the GPU if there is one. Raises ValueError if it is unavailable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(1, device=name).device
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
     except (RuntimeError, AssertionError, ImportError) as error:
-        if "out of memory" in str(error):  # it exists, but is full
-            raise
-        raise ValueError(f"device '{name}' is unavailable; use cpu" + " or cuda" * torch.cuda.is_available()) from None
+        raise ValueError(f"device '{name}' is unavailable ({str(error)[:90]}); use cpu"
+                         + " or cuda" * torch.cuda.is_available()) from None
 
 
 def fetch(path_or_repo, revision=None):

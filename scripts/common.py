@@ -71,7 +71,7 @@ def lift(pairs):
     (p, p_low, p_high), (q, q_low, q_high) = [(hit / n, *wilson(hit, n)) for hit in hits]
     down, up = (math.sqrt(a * a - 2 * correlation * a * b + b * b)
                 for a, b in [(p - p_low, q_high - q), (p_high - p, q - q_low)])
-    return f"{100 * (p - q):+.1f} points ({100 * (p - q - down):+.0f} to {100 * (p - q + up):+.0f})"
+    return f"{100 * (p - q):+.1f} points ({round(100 * (p - q - down)):+} to {round(100 * (p - q + up)):+})"
 
 
 def readable(chain):
