@@ -105,7 +105,6 @@ class Search:
         self.row_sums = [scale * row_sum for scale, row_sum in zip(scales, row_sums)]
         self.highest, self.limit, self.elite, self.table = -math.inf, 2 * n_layers, [], {}
         self.policy = cache(self.policy_after)
-        self.update_policy()
 
     def window(self, last):
         """The layers that may be appended after the layer `last` (-1 at the beginning); last + 1 is among them."""
@@ -129,7 +128,7 @@ class Search:
             depth = (1 - reward) * self.n_layers / self.result.depth_penalty  # at which a full score has this reward
             self.limit = math.ceil(min(2 * self.n_layers + 1, depth - 1e-6)) - 1  # branch and bound; 1e-6: rounding
 
-    def update_policy(self, chains=()):
+    def update_policy(self, chains):
         """Updates the elite with these chains and, if it changed, `table` and `rate`."""
         shallow = [chain for chain in [*self.elite, *chains] if len(chain) <= self.limit + 1]
         elite = sorted(shallow, key=self.value.get, reverse=True)[:ELITE] if self.learn else []
