@@ -40,8 +40,6 @@ class Config:
     rope_parameters: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     clip_qkv: float = 0.0  # bound of queries, keys and values (OLMoE); 0: none
     num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0  # 0: intermediate_size; also for shared experts
-    shared_expert_intermediate_size: int = 0
     norm_topk_prob: bool = False
     tie_word_embeddings: bool = False
 
@@ -213,11 +211,11 @@ class Experts(nn.Module):
         if not 1 <= self.top_k <= n_experts <= len(tensors):  # a malformed gate may have any length
             raise ValueError(f"config.json asks for {self.top_k} of {n_experts} experts; fetch the checkpoint again")
         self.gate = Linear(size, n_experts, bias=False)
-        self.experts = nn.ModuleList(MLP(size, config.moe_intermediate_size or config.intermediate_size)
-                                     for _ in range(n_experts))
+        expert_size = len(tensors["mlp.experts.0.gate_proj.weight"])
+        self.experts = nn.ModuleList(MLP(size, expert_size) for _ in range(n_experts))
         self.shared_expert = None
         if "mlp.shared_expert_gate.weight" in tensors:
-            self.shared_expert = MLP(size, config.shared_expert_intermediate_size or config.intermediate_size)
+            self.shared_expert = MLP(size, len(tensors["mlp.shared_expert.gate_proj.weight"]))
             self.shared_expert_gate = Linear(size, 1, bias=False)
 
     def forward(self, x):
@@ -299,7 +297,7 @@ class Llama(nn.Module):
             with torch.device("meta"):  # no memory yet: the tensors become the parameters
                 model = cls(config, weights).requires_grad_(False)
             model.load_state_dict(weights, assign=True)
-        except (OSError, RuntimeError, TypeError, SafetensorError) as error:
+        except (KeyError, OSError, RuntimeError, TypeError, SafetensorError) as error:
             raise ValueError(f"{path}: the weights are incomplete or do not match config.json ({str(error)[:300]}); "
                              "fetch the checkpoint again, in the safetensors format") from None
         for name, parameter in model.named_parameters():
