@@ -283,9 +283,14 @@ class Llama(nn.Module):
           revision: branch, tag or commit on the hub; None means main.
         Raises ValueError or OSError (also of huggingface_hub) that says what is wrong.
         """
-        path, device = fetch(path_or_repo, revision), find_device(device)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, ImportError) as error:
+            raise ValueError(f"device '{device}' is unavailable ({str(error)[:90]}); use another, such as cpu") from None
+        dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+        path = fetch(path_or_repo, revision)
         config = Config.from_json(path / "config.json")
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         try:
             weights = {name.removeprefix("model."): nn.Parameter(tensor, requires_grad=False)  # still memory-mapped
                        for file in weight_files(path) for name, tensor in load_file(file).items()
@@ -489,17 +494,6 @@ class Verifier:
                 self.states.move_to_end(chain[:steps])
                 return steps, self.states[chain[:steps]]
         return 0, self.model.embed_tokens(self.tokens)
-
-
-def find_device(name=None):
-    """The torch.device of that name, by default the GPU if there is one. Raises ValueError if it is unavailable."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device '{name}' is unavailable ({str(error)[:90]}); use cpu"
-                         + " or cuda" * torch.cuda.is_available()) from None
 
 
 def fetch(path_or_repo, revision=None):
