@@ -123,8 +123,7 @@ class Linear(nn.Linear):
 def rope_table(config, start, end, like):
     """cos and sin of the angles of positions start..end-1, each [end - start, head_dim] (RoPE, section 3.2.2).
 
-    Computed in float32, returned in the dtype and on the device of `like`. Raises ValueError for no positions, or more
-    than the model has.
+    Their dtype and device are those of `like`. Raises ValueError for no positions, or more than the model has.
     """
     if start == end:
         raise ValueError("there are no tokens to run; give at least one")
@@ -376,7 +375,7 @@ class Verifier:
     decoding loop and no key/value cache, and the head runs on the answer's positions only.
 
     A prefix that several chains share runs once (its hidden states are kept, up to `cache_mb`), and the chains whose
-    next layer is the lowest run it as one batch, so its weights are read once; the others wait for them to catch up.
+    next layer is the lowest run it as one batch, so its weights are read once. As most chains climb, they catch up.
     For (0 1 2 3), (0 2 3) and (0 1 1 2), 8 layer steps instead of 11:
 
         batch          1    2           3        4                     5
@@ -473,15 +472,14 @@ class Verifier:
         self.steps_asked += sum(map(len, chains))
         progress = {chain: self.recall(chain) for chain in chains}  # {chain: (steps done, hidden states after them)}
         while pending := {chain: steps for chain, (steps, _) in progress.items() if steps < len(chain)}:
-            # The lowest layer first: most chains climb, so those that lag catch up with those that wait.
             layer = min(chain[steps] for chain, steps in pending.items())
-            ready = [(chain, steps + 1) for chain, steps in pending.items() if chain[steps] == layer]
-            batch = {chain[:end]: progress[chain][1] for chain, end in ready}  # each shared prefix once
+            ready = {chain: chain[:steps + 1] for chain, steps in pending.items() if chain[steps] == layer}
+            batch = {prefix: progress[chain][1] for chain, prefix in ready.items()}  # each shared prefix once
             outputs = self.model.layers[layer](torch.cat([*batch.values()]), self.rope).split(1)
             self.steps_run += len(batch)
             # Cloned, because a kept view would hold its whole batch in memory.
             after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
-            progress |= {chain: (end, after[chain[:end]]) for chain, end in ready}
+            progress |= {chain: (len(prefix), after[prefix]) for chain, prefix in ready.items()}
             self.states |= after
             while len(self.states) > self.capacity:
                 self.states.popitem(last=False)
