@@ -84,10 +84,9 @@ class Config:
 
 
 class KVCache:
-    """Keys and values of past tokens, one slot for each step of the chain.
+    """Keys and values of past tokens for one chain, a slot for each of its steps, whichever layer runs there.
 
-    A looped layer reads different hidden states each time it runs, so its keys and values differ too: slot i belongs to
-    the i-th step of the chain, whichever layer runs there. One cache serves one chain.
+    A looped layer reads different hidden states each time it runs, so its keys and values differ too.
     """
 
     def __init__(self):
@@ -286,7 +285,7 @@ class Llama(nn.Module):
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, ImportError) as error:
-            raise ValueError(f"device '{device}' is unavailable ({str(error)[:90]}); use another, such as cpu") from None
+            raise ValueError(f"device '{device}' is unavailable ({str(error)[:90]}); use another, say cpu") from None
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
         path = fetch(path_or_repo, revision)
         config = Config.from_json(path / "config.json")
@@ -419,10 +418,10 @@ class Verifier:
         tokens and of a stop, if there must be one, by itself or fused with the last token; -inf if the logits overflow.
         Raises ValueError for a layer that the model does not have.
         """
-        chains = [check_chain(chain, len(self.model.layers)) for chain in chains]
         if not chains:
             return []
-        parts = self.run(chains).split(max(1, HEAD_ROWS // (self.positions.stop - self.positions.start)))
+        states = self.run([check_chain(chain, len(self.model.layers)) for chain in chains])
+        parts = states.split(max(1, HEAD_ROWS // states.shape[1]))
         correct, promises = (torch.cat(column).tolist() for column in zip(*map(self.judge, parts)))
         return [*zip(correct, promises)]
 
