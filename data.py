@@ -1,13 +1,7 @@
 """Problems: question, correct answer, exact match; and their encoding as token ids.
 
-Every dataset becomes a list of `Problem`s with one form of prompt:
-
-    Question: What is 12 + 7?           Question: What is a cat?
-    Answer:                             A. an animal
-                                        B. a plant
-                                        Answer:
-
-The correct continuations are " 19" and " A". A chat model gets the same question as a message, in its own template.
+Every dataset becomes a list of `Problem`s with one form of prompt: a line such as "Question: What is 12 + 7?" and the
+line "Answer:", which " 19" continues. A chat model gets the same question as a message, in its own template.
 
 References: ARC, arXiv 1803.05457; MATH, arXiv 2103.03874; GSM8K, arXiv 2110.14168; levels of difficulty as in
 DART-Math, arXiv 2407.13690.
@@ -123,8 +117,8 @@ def load(dataset, shots=0, split=None, boxed=None):
 def in_box(problem, form):
     """The problem in a form that asks for \\boxed{ANSWER}, which is complete at the closing brace."""
     if problem.choices or set(problem.answer) & {*"{}"}:
-        what = "has choices" if problem.choices else f"has a brace in its answer {problem.answer!r}"
-        raise ValueError(f"sample {problem.id} {what}, which a box cannot hold; use a dataset without such samples")
+        raise ValueError(f"sample {problem.id} has choices or a brace in its answer, which a box cannot hold; use a "
+                         "dataset without such samples")
     return replace(problem, answer=f"\\boxed{{{problem.answer}}}", form=form)
 
 
@@ -238,8 +232,7 @@ class Tokenizer:
     """Text to token ids and back, exactly as the checkpoint was trained.
 
     Args:
-      folder: the checkpoint's; needs tokenizer.json, and uses tokenizer_config.json, special_tokens_map.json,
-        chat_template.jinja, generation_config.json and config.json if present.
+      folder: the checkpoint's; needs tokenizer.json, and uses the files of SETTINGS and chat_template.jinja if present.
       chat: whether to apply the chat template, if there is one.
     Attributes:
       stop: set of ids that end an answer: end-of-text tokens, and line breaks preceded by white space only.

@@ -212,7 +212,8 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       batch: chains to score at a time.
       learn, promise: False for controls: learn=False draws chains around the full-depth chain without a tree (cola.py's
         `--search random`), promise=False ignores promises (`--search blind`).
-    Raises ValueError for departures of another size, and malformed scores or not one per chain.
+    Raises ValueError for departures of another size, and malformed scores or not one per chain. Other arguments are not
+    checked here; cola.py's parser refuses those out of range.
     """
     state = Search(n_layers, seed, depth_penalty, exploration, n_layers if max_skip is None else max_skip, max_loop,
                    allowed or (lambda chain: True), departures, learn, promise)

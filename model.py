@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -65,11 +65,11 @@ class Config:
                                 "rope_type": ["default", "linear", "llama3"], "quantization_config": [None]}.items():
                 if raw.get(name) not in valid:
                     raise ValueError(f"{name} {raw.get(name)!r} is not supported, only {[*valid]}")
-            # Some configs write 0 or null for what is absent.
-            values = {name: kind(raw[name]) for name, kind in cls.__annotations__.items() if raw.get(name)}
+            # Some configs write 0 or null for what is absent, or 1 for 1.0.
+            values = {entry.name: entry.type(raw[entry.name]) for entry in fields(cls) if raw.get(entry.name)}
             for name, value in values.items():
-                if name != "rope_parameters" and not 0 <= value < 2 ** 24:  # false for NaN
-                    raise ValueError(f"{name} {value} is out of range")
+                if value != raw[name] or isinstance(value, (int, float)) and not 0 <= value < 2 ** 24:  # false for NaN
+                    raise ValueError(f"{name} {raw[name]!r} has the wrong type or is out of range")
             config = cls(**values)
             if not rope_table(config, 0, 1, torch.empty(0))[0].isfinite().all():
                 raise ValueError(f"RoPE cannot be computed with {rope}")
