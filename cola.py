@@ -71,7 +71,7 @@ def add_problem_arguments(p):
     add("--dataset", default="arithmetic", metavar="NAME",
         help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
     add("--shots", type=int, default=0, metavar="N", help="worked examples before the question (default: %(default)s)")
-    add("--boxed", type=Path, metavar="FILE", help="a prompt with {question} in it, which asks for \\boxed{ANSWER}")
+    add("--boxed", type=Path, metavar="FILE", help="a prompt that asks for \\boxed{ANSWER}, with {question} in it")
     add("--split", choices=["train", "validation", "test"], help="for arc and gsm8k (default: test)")
 
 
@@ -86,7 +86,7 @@ def add_model_arguments(p):
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="default: bfloat16 on cuda, float32 on cpu, where bfloat16 is faster if the cpu has instructions for it")
     add("--cache-mb", type=at_least(0), default=1024, metavar="N",
-        help="megabytes of hidden states to share between chains (default: %(default)s)")
+        help="memory for hidden states that chains share, in megabytes (default: %(default)s)")
 
 
 def add_search_arguments(p):
@@ -97,12 +97,12 @@ def add_search_arguments(p):
     add("--simulations", type=at_least(1), default=200, metavar="N",
         help="distinct chains to evaluate (default: %(default)s)")
     add("--depth-penalty", type=at_least(0, float), default=0.2, metavar="X",
-        help="cost of the full depth, where a correct answer is worth 1 (default: %(default)s)")
+        help="reward lost at full depth; a correct answer earns 1 (default: %(default)s)")
     add("--exploration", type=at_least(0, float), default=0.5, metavar="C",
         help="constant c of the upper confidence bound (default: %(default)s)")
-    add("--max-skip", type=at_least(0), metavar="N", help="layers that a step may skip (default: any number)")
+    add("--max-skip", type=at_least(0), metavar="N", help="most layers that one step may skip (default: any number)")
     add("--max-loop", type=at_least(0), default=4, metavar="N",
-        help="layers that a step may go back; 1 repeats the last (default: %(default)s)")
+        help="most layers that one step may go back; 1 repeats the last (default: %(default)s)")
     add("--batch", type=at_least(1), default=8, metavar="N", help="chains to verify at a time (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
 
@@ -157,7 +157,7 @@ class Sample:
 
     Attributes:
       prompt, target: token ids of the prompt and of the correct answer after it.
-      stop: set of ids, one of which must follow the answer; None for a box, or a label that begins no other label.
+      stop: set of ids, one of which must follow the answer; None for a box, or a label that no other begins with.
       ends: set of ids of the tokens with a line break, such as ")\\n", or, for a box, a closing brace.
       verify, fused: the Verifier of this answer, and its argument of that name.
     Raises ValueError if the tokenizer does not fit the model or cannot write the answer, or the prompt is too long.
@@ -174,8 +174,8 @@ class Sample:
         complete = sum(label.startswith(problem.answer) for label in problem.choices) == 1
         self.stop = None if complete or problem.form else tokenizer.stop
         self.ends = {i for i, text in tokenizer.texts.items() if "\n" in text or problem.form and "}" in text}
-        self.fused = {i for i in self.ends if data.exact_match(self.read([*self.target[:-1], i]), problem.answer)}
-        self.fused -= {self.target[-1]}
+        self.fused = {i for i in self.ends - {self.target[-1]}
+                      if data.exact_match(self.read([*self.target[:-1], i]), problem.answer)}
         self.verify = Verifier(model, self.prompt, self.target, self.stop, cache_mb, self.fused)
 
     def answer(self, chain):

@@ -39,7 +39,7 @@ class Result:
         return self.evaluated[chain] - self.depth_penalty * len(chain) / self.n_layers
 
     def correct(self):
-        """The chains with a score above 0 by reward, highest first; ties: shorter first, then earlier."""
+        """The chains with a score above 0, highest reward first; ties: shorter first, then earlier."""
         correct = [chain for chain, score in self.evaluated.items() if score > 0]
         return sorted(correct, key=lambda chain: (-self.reward(chain), len(chain)))
 
@@ -80,7 +80,7 @@ class Search:
     Attributes:
       worth: {chain: its score or, if 0, exp(promise)}, the geometric mean of the answer's token probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
-      limit: the greatest depth to try: 2 * n_layers, or where a score of 1 just beats `highest`, the best reward.
+      limit: the greatest depth to try: 2 * n_layers, or at which a score of 1 still beats `highest`, the best reward.
       elite: the ELITE chains of highest value, correct or wrong, no deeper than a correct best chain: limit + 1.
       table: {layer: {action: weight}}, the transitions of the elite or, while it is worth 0, of the full-depth chain.
       departures, row_sums: the weights; for each action, their sum over the actions that may replace it.
@@ -205,15 +205,14 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
       exploration: the constant c of the upper confidence bound; the larger, the less the values of nodes count.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back (1 repeats the last layer).
-      allowed: callable, a complete chain to whether it may be evaluated (None: all may; the full-depth chain always
-        is). If it allows few chains (about one in 1,000), the search may end before it finds them.
+      allowed: callable that says of a complete chain whether it may be evaluated (None: all may; the full-depth chain
+        always is). If it allows few chains (about one in 1,000), the search may end before it finds them.
       departures: [i][j] weighs action j where an elite chain takes i (n_layers: stop), as `Verifier.departures` does;
         only ratios matter. None: every i is departed from equally often, in proportion to 1 / |i - j|, half if j < i.
       batch: chains to score at a time.
       learn, promise: False for controls: learn=False draws chains around the full-depth chain without a tree (cola.py's
         `--search random`), promise=False ignores promises (`--search blind`).
-    Raises ValueError for departures of another size, and malformed scores or not one per chain. Other arguments are not
-    checked here; cola.py's parser refuses those out of range.
+    Raises ValueError for malformed scores or departures, and for too few or too many scores; checks nothing else.
     """
     state = Search(n_layers, seed, depth_penalty, exploration, n_layers if max_skip is None else max_skip, max_loop,
                    allowed or (lambda chain: True), departures, learn, promise)

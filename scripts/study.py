@@ -1,7 +1,7 @@
 """Searches many samples, each with a control, and writes one JSON line a sample.
 
     python -m scripts.study --out runs/tiny.jsonl
-    torchrun --nproc-per-node 8 -m scripts.study --dataset arc-easy --model ORG/NAME --samples 0:500 --out arc.jsonl
+    torchrun --nproc-per-node 8 -m scripts.study --dataset arc-easy --model ORG/NAME --samples 0:99 --out runs/arc.jsonl
 
 Each line is on disk before the next sample begins, and the same command resumes where it was stopped. With several
 processes, each takes its share of the samples and writes its own file beside --out, such as runs/arc.rank3.jsonl; they
