@@ -4,8 +4,7 @@
     python cola.py --sample-id 12 --chain 0-5,5,8-11
     python cola.py --sample-id 3 --model path/to/checkpoint --dataset path/to/arc_easy.jsonl
 
-Follows CoLa (arXiv 2507.07996): the layers of a pretrained LLM are modules that may be skipped, looped and
-reordered for each input, without training. Layers are numbered from 0; a chain is written 0-5,5,8-11.
+Layers are numbered from 0; a chain is written 0-5,5,8-11. The method is CoLa (arXiv 2507.07996).
 """
 import argparse
 import os

@@ -210,8 +210,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       departures: [i][j] weighs action j where an elite chain takes i (n_layers: stop), as `Verifier.departures` does;
         only ratios matter. None: every i is departed from equally often, in proportion to 1 / |i - j|, half if j < i.
       batch: chains to score at a time.
-      learn, promise: False for controls: learn=False draws chains around the full-depth chain without a tree (cola.py's
-        `--search random`), promise=False ignores promises (`--search blind`).
+      learn, promise: False for the controls random (no tree, no elite) and blind (no promises) of cola.py's `--search`.
     Raises ValueError for malformed scores or departures, and for too few or too many scores; checks nothing else.
     """
     state = Search(n_layers, seed, depth_penalty, exploration, n_layers if max_skip is None else max_skip, max_loop,
