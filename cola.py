@@ -193,9 +193,7 @@ class Sample:
 
 def say(label, text):
     """Prints text with a label in the left margin."""
-    for line in text.splitlines():
-        print(f"{label:10}{line}".rstrip())
-        label = ""
+    print(f"{label:10}" + text.replace("\n", "\n" + " " * 10))
 
 
 def say_answer(label, sample, chain, drawn=True):

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
 from numbers import Real
-from operator import itemgetter
 
 ELITE = 16  # chains in the elite; results/search_ablation.md shows what this and the other constants are worth
 SHARPNESS = 3  # each transition of an elite chain is weighted by the chain's worth to this power
@@ -154,7 +153,7 @@ class Search:
             share /= self.rate * max(1, 2 * departure)
             for action in actions:
                 priors[action] += share * departures[action]
-        priors = dict(sorted(priors.items(), key=itemgetter(1), reverse=True))
+        priors = {action: priors[action] for action in sorted(priors, key=priors.get, reverse=True)}
         return priors, [*priors], [*accumulate(priors.values())][:-1]  # the last may be rounded to below 1
 
     def select_and_expand(self):

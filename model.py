@@ -46,9 +46,6 @@ class Config:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2 or not self.head_dim:
-            raise ValueError(f"{self.num_attention_heads} query heads, {self.num_key_value_heads} key/value heads and "
-                             f"head_dim {self.head_dim} do not fit together")
 
     @classmethod
     def from_json(cls, path):
@@ -233,10 +230,7 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """One module of a chain. It adds to the hidden states, so skipping or repeating it leaves them usable.
-
-    `tensors`, {name: tensor} of all layers, shows their optional parts; `sparse`: the MLP is a mixture of experts.
-    """
+    """One module of a chain. It adds to the hidden states, so skipping or repeating it leaves them usable."""
 
     def __init__(self, config, tensors, sparse):
         super().__init__()
@@ -255,7 +249,7 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """The decoder. Its parameters are named as in a Hugging Face checkpoint, less the leading "model.".
 
-    `tensors`, {name: tensor} of the checkpoint, shows its optional parts; without it, this is a plain Llama.
+    `tensors`, {name: tensor} of the checkpoint, shows its optional parts; without them, this is a plain Llama.
     """
 
     def __init__(self, config, tensors=None):
@@ -402,8 +396,7 @@ class Verifier:
         self.model, self.tokens = model, to_ids([[*prompt, *answer]])  # [1, T]
         self.rope = rope_table(model.config, 0, len(prompt) + len(answer), like=model.embed_tokens.weight)
         self.states = OrderedDict()  # {prefix: the hidden states after it}, the least recently used first
-        state_bytes = self.tokens.numel() * model.embed_tokens.weight[0].nbytes
-        self.capacity = max(0, cache_mb) * 2 ** 20 // state_bytes  # of `states`
+        self.max_states = cache_mb * 2 ** 20 // (self.tokens.numel() * model.embed_tokens.weight[0].nbytes)
         self.steps_asked = self.steps_run = 0  # layer steps of all chains so far, and those run for them
 
     def __call__(self, chains):
@@ -480,7 +473,7 @@ class Verifier:
             after = {prefix: states.clone() for prefix, states in zip(batch, outputs)}
             progress |= {chain: (len(prefix), after[prefix]) for chain, prefix in ready.items()}
             self.states |= after
-            while len(self.states) > self.capacity:
+            while len(self.states) > self.max_states:
                 self.states.popitem(last=False)
         return torch.cat([progress[chain][1][:, self.positions] for chain in chains])
 

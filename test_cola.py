@@ -566,7 +566,8 @@ def test_config_with_absent_parts_or_a_sliding_window(settings, positions, tmp_p
     *[({"rms_norm_eps": value}, says) for value, says in [(math.inf, "eps inf has"), ("x", "not describe")]],
     ({"norm_topk_prob": "false"}, "'false' has the wrong type"), ({"num_hidden_layers": 12.5}, "12.5 has the wrong"),
     ({"clip_qkv": -1}, "clip_qkv -1"), ({"head_dim": 2**24}, "head_dim 16777216"), ({"vocab_size": [1]}, "list"),
-    ({"head_dim": 33}, "do not fit"), ({"num_key_value_heads": 3}, "do not fit"), ({"hidden_size": 0}, "'hidden_size'"),
+    *[(change, "size mismatch") for change in ({"head_dim": 33}, {"num_key_value_heads": 3})],
+    ({"hidden_size": 0}, "'hidden_size'"),
     ({"num_hidden_layers": 10**7}, "too few"), ({"num_hidden_layers": 13}, "Missing .*layers.12"),
     ({"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20}, "size mismatch"),
     ({"files": {"config.json": None}}, "neither a folder with"), ({"files": {"config.json": "{"}}, "not describe"),
@@ -578,7 +579,8 @@ def test_config_with_absent_parts_or_a_sliding_window(settings, positions, tmp_p
     *[({"tensors": {"model.norm.weight": weight * torch.ones(64)}}, "NaN or infinity as torch.bfloat16; use another")
       for weight in (math.nan, 3.4e38)], ({"tensors": {"model.norm.weight": torch.ones(64).char()}}, "quantized"),
     ({"tensors": {"model.layers.3.self_attn.q_norm.weight": torch.ones(32)}}, "Missing .*layers.0.*k_norm"),
-    ({"tensors": {"model.layers.3.mlp.gate.weight": torch.ones(2, 64)}, "num_experts_per_tok": 3}, "3 of 2 experts"),
+    *[({"tensors": {"model.layers.3.mlp.gate.weight": torch.ones(2, 64)}, "num_experts_per_tok": n}, says)
+      for n, says in [(3, "3 of 2 experts"), (2, "mlp.experts.0.gate_proj.weight")]],
     ({"tensors": {"model.embed_tokens.weight": torch.ones(283, 64)}, "vocab_size": 283}, "more tokens"),  # ids to 283
     ({"files": {"tokenizer_config.json": "[]"}}, "malformed"), ({"files": {"chat_template.jinja": "{%"}}, "--no-chat"),
     ({"files": {"chat_template.jinja": "{{ ''.__class__.__mro__ }}"}}, "--no-chat")],  # out of the sandbox
@@ -743,7 +745,7 @@ def test_first_command_prints_what_the_readme_shows(tmp_path, command):
     assert re.sub(seconds, "", shown) == re.sub(seconds, "", done.stdout) and re.search(seconds, done.stdout)
     (before, after), chain = re.split("full(?:.*\n)*?best", shown), re.search(r"\nchain +(\S+)", shown)[1]
     assert command(cola, "--sample-id=12", "--device=cpu", "--chain", chain) == (None, f"{before}answer{after[2:]}", "")
-    assert "wrong, depth 0 (full: 12)\nchain\n          layers" in command(cola, "--sample-id=1999", "--chain=")[1]
+    assert "wrong, depth 0 (full: 12)\nchain     \n          layers" in command(cola, "--sample-id=1999", "--chain=")[1]
 
 
 def test_best_chain_is_confirmed_by_generate(tiny, command, monkeypatch, tmp_path):
@@ -808,7 +810,7 @@ def without_c(folder):
     (["--dataset", "arithmetics"], "neither a file nor one of arithmetic, "),
     (["--dataset", "rows", "--shots", 2], r"too few questions \(2\) for 2 examples"),
     (["--dataset", "rows", "--boxed", "form"], "0 has choices or a brace"), (["--revision", "v9"], "omit --revision"),
-    (["--dataset", "brace", "--boxed", "form"], "sample x has choices or a brace in its answer, which a box"),
+    (["--dataset", "brace", "--boxed", "form"], "sample x has choices or a brace in its answer, which no box holds"),
     (["--dataset", "brace", "--model", "without_c"], "cannot write the answer '.1.' of sample x, only"),
     (["--boxed", "rows"], "write {question} there"), (["--device", "cuda:99"], "device 'cuda:99' is unavailable"),
     (["--device", "meta"], "device 'meta' is unavailable"),
