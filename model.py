@@ -81,10 +81,7 @@ class Config:
 
 
 class KVCache:
-    """Keys and values of past tokens for one chain, a slot for each of its steps, whichever layer runs there.
-
-    A looped layer reads different hidden states each time it runs, so its keys and values differ too.
-    """
+    """Keys and values of past tokens, a slot for each step of one chain: a looped layer makes new ones each time."""
 
     def __init__(self):
         self.length, self.chain = 0, None  # number of tokens held, and the chain that they went through
@@ -271,7 +268,7 @@ class Llama(nn.Module):
 
         Args:
           path_or_repo: a checkpoint's folder, or its "org/name" on the hub.
-          device, dtype: by default the GPU, if there is one, with bfloat16; otherwise the CPU with float32.
+          device, dtype: by default the GPU, if there is one, with torch.bfloat16; otherwise the CPU with torch.float32.
           revision: branch, tag or commit on the hub; None means main.
         Raises ValueError or OSError (also of huggingface_hub) that says what is wrong.
         """

@@ -1,10 +1,10 @@
 """Searches many samples, each with a control, and writes one JSON line a sample.
 
     python -m scripts.study --out runs/tiny.jsonl
-    torchrun --nproc-per-node 8 -m scripts.study --dataset arc-easy --model ORG/NAME --samples 0:99 --out runs/arc.jsonl
+    torchrun --nproc-per-node 8 -m scripts.study --dataset arc-easy --model ORG/NAME --samples 0:500 --out arc.jsonl
 
 Each line is on disk before the next sample begins, and the same command resumes where it was stopped. With several
-processes, each takes its share of the samples and writes its own file beside --out, such as runs/arc.rank3.jsonl; they
+processes, each takes its share of the samples and writes its own file beside --out, such as arc.rank3.jsonl; they
 do not communicate, and their number may change. What a search finds may be luck, so each line has two controls:
   decoy: if the full model is wrong, whether the same search reaches a wrong answer too. It is told how near it comes to
     that answer, just as the search for the correct one is. The decoy is another choice, neither correct nor the full
