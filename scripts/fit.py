@@ -22,6 +22,7 @@ import cola
 from tqdm import tqdm
 
 import data
+import mcts
 from scripts import common
 from scripts.export import export, new_folder, source
 
@@ -46,14 +47,17 @@ class Score:
       best: the chain of highest rank among those that have run on all samples.
     """
 
-    def __init__(self, samples, layer_price):
-        self.samples, self.layer_price, self.verdicts, self.best = samples, layer_price, {}, None
+    def __init__(self, samples, n_layers, depth_penalty):
+        self.samples, self.n_layers, self.depth_penalty = samples, n_layers, depth_penalty
+        self.verdicts, self.best = {}, None
 
-    def share(self, chain):
-        return sum(self.verdicts[chain]) / len(self.verdicts[chain])
+    def share(self, chain, seen=None):
+        """Of the samples that a chain ran on, or the first `seen` of them, the share that it answers correctly."""
+        return sum(self.verdicts[chain][:seen]) / len(self.verdicts[chain][:seen])
 
-    def reward(self, chain):
-        return self.share(chain) - self.layer_price * len(chain)
+    def reward(self, chain, seen=None):
+        """The reward for that share, as `mcts.search` reckons it."""
+        return mcts.Result({chain: self.share(chain, seen)}, self.n_layers, self.depth_penalty).reward(chain)
 
     def rank(self, chain):
         """Ranks as `mcts.search` does: a chain that answers nothing is behind one that does, whatever the rewards."""
@@ -65,10 +69,10 @@ class Score:
 
     def behind(self, chain):
         """Whether to give up a chain, given the samples that it and the best one have seen."""
-        pairs = [*zip(self.verdicts[self.best], self.verdicts[chain])]
-        saved = len(pairs) * self.layer_price * (len(self.best) - len(chain))
-        differ = sum(ours != theirs for ours, theirs in pairs)
-        return self.share(self.best) > 0 and self.lost(chain) - saved > 2 * math.sqrt(differ)
+        seen = len(self.verdicts[chain])
+        differ = sum(ours != theirs for ours, theirs in zip(self.verdicts[self.best], self.verdicts[chain]))
+        gap = self.reward(self.best, seen) - self.reward(chain)
+        return self.share(self.best) > 0 and gap > 2 * math.sqrt(differ) / seen + 1e-9  # 1e-9: rounding
 
     def __call__(self, chains):
         self.verdicts |= {chain: [] for chain in chains}
@@ -118,7 +122,7 @@ def main(args):
     order = random.Random(args.seed).sample(fit, len(fit))  # an easy part says little about hard ones
     samples = [*samples_of(model, tokenizer, problems, order, args.cache_mb / len(order))]
     test_samples = [*samples_of(model, tokenizer, problems, test, 0)]  # each runs once, so there is nothing to keep
-    score, start = Score(samples, args.depth_penalty / n_layers), time.perf_counter()
+    score, start = Score(samples, n_layers, args.depth_penalty), time.perf_counter()
     with tqdm(total=args.simulations, desc="fit", unit="chain", disable=None, leave=False) as bar:
         def count(chains):
             shares = score(chains)
