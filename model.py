@@ -351,7 +351,8 @@ class Llama(nn.Module):
 
 def check_chain(chain, n_layers):
     """The chain as a tuple; raises ValueError if a layer in it does not exist."""
-    for layer in (chain := tuple(chain)):
+    chain = tuple(chain)
+    for layer in chain:
         if not 0 <= layer < n_layers:
             raise ValueError(f"layer {layer} does not exist; the model has layers 0 to {n_layers - 1}")
     return chain
@@ -365,8 +366,8 @@ class Verifier:
     decoding loop and no key/value cache, and the head runs on the answer's positions only.
 
     A prefix that several chains share runs once (its hidden states are kept, up to `cache_mb`), and the chains whose
-    next layer is the lowest run it as one batch, so its weights are read once. As most chains climb, they catch up.
-    For (0 1 2 3), (0 2 3) and (0 1 1 2), 8 layer steps instead of 11:
+    next layer is the lowest run it as one batch, so its weights are read once. Most chains climb, so those that lag
+    catch up with those that wait. For (0 1 2 3), (0 2 3) and (0 1 1 2), 8 layer steps instead of 11:
 
         batch          1    2           3        4                     5
         layer          0    1           1        2                     3

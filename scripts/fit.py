@@ -56,7 +56,7 @@ class Score:
         return sum(self.verdicts[chain][:seen]) / len(self.verdicts[chain][:seen])
 
     def reward(self, chain, seen=None):
-        """The reward for that share, as `mcts.search` reckons it."""
+        """The reward for that share: `mcts.search`'s own, which a fork may replace."""
         return mcts.Result({chain: self.share(chain, seen)}, self.n_layers, self.depth_penalty).reward(chain)
 
     def rank(self, chain):
