@@ -16,7 +16,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
-from numbers import Real
 
 ELITE = 16  # chains in the elite; results/search_ablation.md shows what this and the other constants are worth
 SHARPNESS = 3  # each transition of an elite chain is weighted by the chain's worth to this power
@@ -58,12 +57,12 @@ class Node:
         """The upper confidence bound of PUCT [2], Q + c * P * sqrt(N) / (1 + n); `width` is c * P * sqrt(N)."""
         return self.total / self.visits + width / (1 + self.visits)  # Q: mean value, n: visits, N: the parent's
 
-    def select(self, priors, exploration):
-        """The action with the highest bound, or None if all are closed. `priors` lists the most likely action first."""
+    def select(self, priors, actions, exploration):
+        """The action with the highest bound, or None if all are closed. The most likely of `actions` comes first."""
         scale, best, highest = exploration * math.sqrt(self.visits), None, -math.inf
-        for action, prior in priors.items():
+        for action in actions:
             if action not in self.children:  # n is 0, and Q its parent's mean (first-play urgency)
-                best, highest = action, self.total / self.visits + scale * prior
+                best, highest = action, self.total / self.visits + scale * priors[action]
                 break  # other untried actions have lower priors
         for action, child in self.children.items():
             if not child.closed:
@@ -97,6 +96,8 @@ class Search:
             departures = [[(1 if i < j else 0.5) / max(1, abs(i - j)) for j in actions] for i in actions]
         elif {len(departures), *map(len, departures)} != {n_layers + 1}:
             raise ValueError(f"departures must be a table of n_layers + 1 = {n_layers + 1} rows and columns")
+        if any(i not in (*self.window(i - 1), self.stop) for i in actions):
+            raise ValueError("the layers that may follow a layer must include the next one")
         departures = [[0 if i == j else departures[i][j] for j in actions] for i in actions]
         row_sums = [sum(departures[i][j] for j in (*self.window(i - 1), self.stop)) for i in actions]
         scales = [1 / (row_sum or 1) if even else 1 for row_sum in row_sums]
@@ -112,8 +113,8 @@ class Search:
     def record(self, chain, score):
         """Adds a chain with its score, a number or a pair with its promise; a new best chain lowers the limit."""
         score, promise = score if isinstance(score, (tuple, list)) and len(score) == 2 else (score, None)
-        if not (isinstance(score, Real) and 0 <= score <= 1  # false for NaN
-                and (promise is None or isinstance(promise, Real) and promise <= 0)):
+        if not (isinstance(score, (int, float)) and 0 <= score <= 1  # false for NaN
+                and (promise is None or isinstance(promise, (int, float)) and promise <= 0)):
             raise ValueError(f"the score of chain {list(chain)} is {score!r}, its promise {promise!r}; return a Python "
                              "number in [0, 1], or it and one of at most 0")
         self.result.evaluated[chain] = score
@@ -142,25 +143,24 @@ class Search:
             self.rate = total / sum(self.table[-1].values()) or 1  # 0 for an elite that can only stop
 
     def policy_after(self, last):
-        """After a layer (-1: none yet): {action: probability}, most likely first; its actions; its cumulative sums."""
+        """After a layer (-1: none): priors by action; possible actions, most likely first; their cumulative priors."""
         row = self.table.get(last, {last + 1: 1})  # after a layer that no elite chain has, the next one
-        actions, total = (*self.window(last), self.stop), sum(row.values())
-        priors = dict.fromkeys(actions, 0)
+        actions, priors, total = [*self.window(last), self.stop], [0] * (self.n_layers + 1), sum(row.values())
         for usual, weight in row.items():
             departures, share = self.departures[usual], weight / total
             departure = sum([departures[action] for action in actions]) / self.rate  # its probability; capped below
+            scale = share / (self.rate * max(1, 2 * departure))
+            priors = [prior + scale * weight for prior, weight in zip(priors, departures)]
             priors[usual] += share * max(0.5, 1 - departure)
-            share /= self.rate * max(1, 2 * departure)
-            for action in actions:
-                priors[action] += share * departures[action]
-        priors = {action: priors[action] for action in sorted(priors, key=priors.get, reverse=True)}
-        return priors, [*priors], [*accumulate(priors.values())][:-1]  # the last may be rounded to below 1
+        actions.sort(key=priors.__getitem__, reverse=True)
+        return priors, actions, [*accumulate(map(priors.__getitem__, actions[:-1]))]  # the last would be 1
 
     def select_and_expand(self):
         """Walks down to a node of fewer than MATURE visits, maybe a new one; returns the nodes and [-1, *actions]."""
         node, path, actions = self.root, [self.root], [-1]
         while self.learn and node.visits >= MATURE and not node.closed:
-            action = node.select(self.policy(actions[-1])[0], self.exploration)
+            priors, likely, _ = self.policy(actions[-1])
+            action = node.select(priors, likely, self.exploration)
             if action is None:  # nothing new is below
                 node.closed = True
                 break
@@ -176,14 +176,15 @@ class Search:
 
     def roll_out(self, start, pending):
         """Completes actions with the policy to a chain that is new, allowed and within the limit; None after TRIES."""
-        for _ in range(TRIES):
+        policy, draw, stop = self.policy, self.rng.random, self.stop
+        for _ in range(TRIES if start[-1] != stop else 1):
             actions, action = [*start], start[-1]
-            while action != self.stop and len(actions) <= self.limit + 1:
-                _, choices, cumulative = self.policy(action)
-                action = choices[bisect(cumulative, self.rng.random())]
+            while action != stop and len(actions) <= self.limit + 1:
+                _, choices, cumulative = policy(action)
+                action = choices[bisect(cumulative, draw())]
                 actions.append(action)
             chain = tuple(actions[1:-1])
-            if (action == self.stop and len(chain) <= self.limit and chain not in self.value
+            if (action == stop and len(chain) <= self.limit and chain not in self.value
                     and chain not in pending and self.allowed(chain)):
                 return chain
 
@@ -210,7 +211,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
         only ratios matter. None: every i is departed from equally often, in proportion to 1 / |i - j|, half if j < i.
       batch: chains to score at a time.
       learn, promise: False for the controls random (no tree, no elite) and blind (no promises) of cola.py's `--search`.
-    Raises ValueError for malformed scores or departures, and for too few or too many scores; checks nothing else.
+    Raises ValueError for malformed scores, departures or windows, and a wrong number of scores; checks nothing else.
     """
     state = Search(n_layers, seed, depth_penalty, exploration, n_layers if max_skip is None else max_skip, max_loop,
                    allowed or (lambda chain: True), departures, learn, promise)

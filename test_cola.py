@@ -384,8 +384,7 @@ FAMILIES = {  # name: (class in transformers, its settings)
     "Qwen3": ("Qwen3", {"head_dim": 24, "attention_bias": True}),
     "OLMoE": ("Olmoe", OLMOE | {"norm_topk_prob": True, "clip_qkv": 0.5}),
     "Qwen2-MoE, some dense layers": ("Qwen2Moe", QWEN2_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}),
-    "Qwen3-MoE": ("Qwen3Moe", OLMOE | {"moe_intermediate_size": 24, "head_dim": 24}),
-}
+    "Qwen3-MoE": ("Qwen3Moe", OLMOE | {"moe_intermediate_size": 24, "head_dim": 24})}
 
 
 def save_random(folder, family, settings=(), dtype=torch.float32, **saving):
@@ -696,8 +695,7 @@ def test_promise_guides_the_search_but_not_the_reward():
 
 def test_search_departs_from_short_chains_as_often_as_from_long_ones():
     """Otherwise it seldom finds this goal, though it is an edit away from the short chains that it knows."""
-    found = [mcts.search(near_goal((3,), slope=0.02), 24, seed=seed, max_loop=24).best for seed in range(8)]
-    assert found.count((3,)) >= 4
+    assert [mcts.search(near_goal((3,), 0.02), 24, seed=seed, max_loop=24).best for seed in range(8)].count((3,)) >= 4
 
 
 def test_search_follows_departure_weights():
@@ -708,7 +706,7 @@ def test_search_follows_departure_weights():
         assert steps == {*itertools.pairwise(range(9)), *((i - 1, j) for i, j in pairs)}
 
 
-def test_malformed_scores_and_departures_are_refused():
+def test_malformed_scores_departures_and_windows_are_refused(monkeypatch):
     for bad in (None, "1", math.nan, -0.1, 1.5, (True, 0.1), (True, math.nan), (True,), (math.nan, -1), (1.5, -1)):
         with pytest.raises(ValueError, match=r"score of chain \[0, 1, 2\]"):
             mcts.search(lambda chains: [bad for _ in chains], 3)
@@ -718,6 +716,9 @@ def test_malformed_scores_and_departures_are_refused():
     for rows, columns in [(4, 5), (5, 4), (6, 6)]:
         with pytest.raises(ValueError, match="departures must be a table of n_layers . 1 = 5 rows and columns"):
             mcts.search(planted((1,)), 4, departures=[[1] * columns] * rows)
+    monkeypatch.setattr(mcts.Search, "window", lambda search, last: [0])
+    with pytest.raises(ValueError, match="must include the next"):
+        mcts.search(planted((1,)), 4)
 
 
 # cola.py
@@ -1067,8 +1068,7 @@ def test_report_writes_training_data_for_polar_and_drllm(tmp_path, command):
             for path in tmp_path.glob("data/**/merged_mcts_samples.json")}
     assert {name: len(samples) for name, samples in read.items()} == {
         "org/m/dart-math-diff-1": 2, "org/m/dart-math-diff-2": 2, "org/m/math": 2}
-    assert read["org/m/dart-math-diff-1"][0] == {
-        "id": "x/0", "question": "Q", "gt_ans": "1", "initial_score": 1.0,
+    assert read["org/m/dart-math-diff-1"][0] == {"id": "x/0", "question": "Q", "gt_ans": "1", "initial_score": 1.0,
         "final_valid_transitions": [[0, 1, 2, 3], [0, 1, 1, 3, 3]], "final_invalid_transitions": [[2]]}
     assert json.loads((tmp_path / "dr" / "org--m-math.json").read_text()) == {
         "model_name": "org/m", "dataset": "math.jsonl", "questions": ["Q"] * 3, "best_response": ["1"] * 3,
