@@ -70,7 +70,7 @@ def add_problem_arguments(p):
     add("--dataset", default="arithmetic", metavar="NAME",
         help=f"{', '.join(data.DATASETS)}, or a JSON Lines file (default: %(default)s)")
     add("--shots", type=int, default=0, metavar="N", help="worked examples before the question (default: %(default)s)")
-    add("--boxed", type=Path, metavar="FILE", help="a prompt that asks for \\boxed{ANSWER}, with {question} in it")
+    add("--boxed", type=Path, metavar="FILE", help="file with a prompt for \\boxed{ANSWER}, with {question} in it")
     add("--split", choices=["train", "validation", "test"], help="for arc and gsm8k (default: test)")
 
 
@@ -83,7 +83,7 @@ def add_model_arguments(p):
     add("--no-chat", action="store_true", help="prompt a chat model like a base model")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
-        help="default: bfloat16 on cuda, float32 on cpu, where bfloat16 is faster if the cpu has instructions for it")
+        help="default: bfloat16 on cuda, float32 on cpu; bfloat16 is faster on a cpu with instructions for it")
     add("--cache-mb", type=at_least(0), default=1024, metavar="N",
         help="memory for hidden states that chains share, in megabytes (default: %(default)s)")
 
@@ -92,7 +92,7 @@ def add_search_arguments(p):
     """The arguments of `search`, for cola.py and the scripts."""
     add = p.add_argument_group("search").add_argument
     add("--search", choices=["uct", "blind", "random"], default="uct", help="uct, or a control: blind ignores how "
-        "likely chains make the answer, random draws chains around the full-depth chain (default: %(default)s)")
+        "likely a wrong chain makes the answer, random draws around the full-depth chain (default: %(default)s)")
     add("--simulations", type=at_least(1), default=200, metavar="N",
         help="distinct chains to evaluate (default: %(default)s)")
     add("--depth-penalty", type=at_least(0, float), default=0.2, metavar="X",
@@ -156,9 +156,9 @@ class Sample:
 
     Attributes:
       prompt, target: token ids of the prompt and of the correct answer after it.
-      stop: set of ids, one of which must follow the answer; None for a box, or a label that no other begins with.
+      stop: set of ids, one of which must follow the answer; None for a box, or a label that begins no other.
       ends: set of ids of the tokens with a line break, such as ")\\n", or, for a box, a closing brace.
-      verify, fused: the Verifier of this answer, and its argument of that name.
+      verify, fused: the Verifier of this answer, and its argument `fused`.
     Raises ValueError if the tokenizer does not fit the model or cannot write the answer, or the prompt is too long.
     """
 

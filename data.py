@@ -46,7 +46,7 @@ class Problem:
     texts: tuple = ()  # what the labels stand for
     level: int | None = None  # its difficulty, if the dataset has levels
     examples: tuple = ()  # worked examples to show before it, as Problems
-    form: str | None = None  # its prompt, with {question} in it, if it asks for a box; None: the one shown above
+    form: str | None = None  # its prompt, if that asks for \boxed{ANSWER}, with {question} in it; None: the default
 
     @property
     def formatted(self):
@@ -101,7 +101,8 @@ def load(dataset, shots=0, split=None, boxed=None):
     elif Path(dataset).is_file():
         problems = pool = read_jsonl(dataset)
     else:
-        raise ValueError(f"dataset {dataset!r} is neither a file nor one of {', '.join(DATASETS)}")
+        raise ValueError(f"dataset {dataset!r} is neither a file, such as tasks/capitals.jsonl, nor one of "
+                         f"{', '.join(DATASETS)}")
     if boxed is not None:
         form = Path(boxed).read_text(encoding="utf-8", errors="replace").rstrip("\n")
         if "{question}" not in form or "\N{REPLACEMENT CHARACTER}" in form:
@@ -117,7 +118,7 @@ def load(dataset, shots=0, split=None, boxed=None):
 def in_box(problem, form):
     """The problem in a form that asks for \\boxed{ANSWER}, which is complete at the closing brace."""
     if problem.choices or set(problem.answer) & {*"{}"}:
-        raise ValueError(f"sample {problem.id} has choices or a brace in its answer, which no box holds; leave it out")
+        raise ValueError(f"sample {problem.id} has choices or a brace in its answer, which no box holds; remove it")
     return replace(problem, answer=f"\\boxed{{{problem.answer}}}", form=form)
 
 

@@ -78,7 +78,7 @@ class Search:
     Attributes:
       worth: {chain: its score or, if 0, exp(promise)}, the geometric mean of the answer's token probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
-      limit: the greatest depth to try: 2 * n_layers, or the last where a score of 1 beats `highest`, the best reward.
+      limit: the greatest depth to try: 2 * n_layers, or where a score of 1 would still beat `highest`, the best reward.
       elite: the ELITE chains of highest value, correct or wrong, no deeper than a correct best chain: limit + 1.
       table: {layer: {action: weight}}, the transitions of the elite or, while it is worth 0, of the full-depth chain.
       departures, row_sums: the weights; for each action, their sum over the actions that may replace it.
@@ -116,7 +116,7 @@ class Search:
         if not (isinstance(score, (int, float)) and 0 <= score <= 1  # false for NaN
                 and (promise is None or isinstance(promise, (int, float)) and promise <= 0)):
             raise ValueError(f"the score of chain {list(chain)} is {score!r}, its promise {promise!r}; return a Python "
-                             "number in [0, 1], or it and one of at most 0")
+                             "number in [0, 1], or a pair of one and a promise of at most 0")
         self.result.evaluated[chain] = score
         if promise is not None and self.use_promise:
             self.result.promises[chain] = promise

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmoe", "qwen2_moe", "qwen3_moe")
-HEAD_ROWS = 256  # positions that go through the head at once: over a large vocabulary their logits fill memory
+HEAD_ROWS = 256  # positions that go through the head at once; over a large vocabulary, logits take much memory
 
 
 @dataclass
@@ -121,8 +121,8 @@ def rope_table(config, start, end, like):
     if start == end:
         raise ValueError("there are no tokens to run; give at least one")
     if end > config.max_position_embeddings:
-        raise ValueError(f"{end} tokens are more than the model's {config.max_position_embeddings} positions; use a "
-                         "shorter prompt, such as another sample or fewer worked examples")
+        raise ValueError(f"{end} tokens are more than the model's {config.max_position_embeddings} positions; use "
+                         "another sample or fewer worked examples")
     half = torch.arange(0, config.head_dim, 2, device=like.device).float() / config.head_dim
     rope, frequency = config.rope_parameters, config.rope_parameters["rope_theta"] ** -half
     if rope["rope_type"] == "linear":
@@ -253,7 +253,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, tensors = config, tensors or {}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # Of all layers together, so that loading refuses a layer that lacks what others have.
+        # The tensors of all layers together, so that loading refuses a layer without one that others have.
         of_layers = {name.split(".", 2)[-1]: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
         self.layers = nn.ModuleList(Layer(config, of_layers, sparse=f"layers.{i}.mlp.gate.weight" in tensors)
                                     for i in range(config.num_hidden_layers))
@@ -366,8 +366,8 @@ class Verifier:
     decoding loop and no key/value cache, and the head runs on the answer's positions only.
 
     A prefix that several chains share runs once (its hidden states are kept, up to `cache_mb`), and the chains whose
-    next layer is the lowest run it as one batch, so its weights are read once. Most chains climb, so those that lag
-    catch up with those that wait. For (0 1 2 3), (0 2 3) and (0 1 1 2), 8 layer steps instead of 11:
+    next layer is the lowest run it as one batch, so its weights are read once. Most chains climb, so they soon reach
+    the layers at which others wait. For (0 1 2 3), (0 2 3) and (0 1 1 2), 8 layer steps instead of 11:
 
         batch          1    2           3        4                     5
         layer          0    1           1        2                     3

@@ -156,8 +156,7 @@ def test_rows_of_every_format_load_with_the_others_as_examples(row, prompt, answ
         f"{last.prompt} {answer}\n\n{prompt}"] * 2 + [f"{prompt} {answer}\n\n{last.prompt}"]
 
 
-@pytest.mark.parametrize("content, says", [
-    ("", "no rows"), ("\udcff", "line 1: not JSON in UTF-8"),
+@pytest.mark.parametrize("content, says", [("", "no rows"), ("\udcff", "line 1: not JSON in UTF-8"),
     (r'{"question": "a\ud800b", "answer": "2"}', "line 1: not JSON in UTF-8"),
     (json.dumps(CHOICE) + "\nhello", "line 2: not JSON"), ("[" * 10**5, "line 1: not JSON"),
     ("[1]", "line 1: no question; a row is a JSON object"), ({"question": " ", "answer": "1"}, "no question"),
@@ -808,7 +807,7 @@ def without_c(folder):
     (["--chain", "0-5,12"], "layer 12 .* layers 0 to 11"), (["--chain", "0-99999999999"], "layers 0 to 11"),
     *[(["--chain", text], "has a malformed part") for text in ("0-", "5-3", "1 1", "1,,2", "²-3")],
     (["--dtype", "float8"], "'float32', 'bfloat16', 'float16'"), (["--shots", -1], "between 0 and 100"),
-    (["--dataset", "arithmetics"], "neither a file nor one of arithmetic, "),
+    (["--dataset", "arithmetics"], "neither a file, such as tasks/capitals.jsonl, nor one of arithmetic, "),
     (["--dataset", "rows", "--shots", 2], r"too few questions \(2\) for 2 examples"),
     (["--dataset", "rows", "--boxed", "form"], "0 has choices or a brace"), (["--revision", "v9"], "omit --revision"),
     (["--dataset", "brace", "--boxed", "form"], "sample x has choices or a brace in its answer, which no box holds"),
@@ -967,8 +966,7 @@ def test_study_refuses_to_resume_with_other_settings(uninterrupted, refused):
     before = uninterrupted.read_bytes()
     for says, *more in [("seed 0, now 1; give another --out$", "--seed=1"), ("without .gz", "--out=a.jsonl.gz"),
                         ("simulations 20, now 30.* decoy True, now False", "--simulations=30", "--no-decoy"),
-                        ("FIRST < END", "--samples=5:5"), ("beyond the 2000", "--samples=0:2001"),
-                        ("FIRST:END", "--samples=3")]:
+                        ("< END", "--samples=5:5"), ("beyond", "--samples=0:2001"), ("FIRST:END", "--samples=3")]:
         refused(says, study, "--out", uninterrupted, "--samples=0:12", "--simulations=20", *more)
     assert uninterrupted.read_bytes() == before
 
@@ -1131,12 +1129,14 @@ def test_fit_shuffles_its_samples_by_seed(command, monkeypatch):
     assert runs[0] == runs[1] != runs[2] and {*runs[0]} == {*runs[2]}
 
 
-def test_fit_validates_its_input_before_the_search(refused, monkeypatch, tmp_path):
+def test_fit_refuses_samples_that_it_cannot_use(refused, monkeypatch, tmp_path):
     checkpoint(tmp_path / "m")
     write_rows(tmp_path / "rows.jsonl", *({"question": "Q " * n, "answer": "1"} for n in (1, 2, 3, 4, 5, 600)))
     monkeypatch.chdir(tmp_path)
+    refused("none of 2 .* 0:2 ", fit, "--dataset=rows.jsonl", "--fit=0:2", "--test=2:5", "--simulations=2")
     monkeypatch.setattr(cola, "search", lambda *_: pytest.fail("the search began"))
-    for says, *more in [("sample 5: .* positions",), ("inside", "--export=m/new"), ("keep them apart", "--test=2:6")]:
+    for says, *more in [("sample 5: .* positions",), ("inside", "--export=m/new"), ("--test 3:7 goes", "--test=3:7"),
+                        ("keep them apart", "--test=2:6")]:
         refused(says, fit, "--model=m", "--dataset=rows.jsonl", "--fit=0:3", "--test=3:6", *more)
 
 
@@ -1164,7 +1164,7 @@ def test_exported_chain_is_an_ordinary_checkpoint(chain, files, tiny, command, t
     old, new = checkpoint(tmp_path / "old", shards(tmp_path) | stale), tmp_path / "new"
     out = command(export, "--model", old, "--chain", cola.format_chain(chain), "--out", new)[1]
     model, tokens = Llama.from_pretrained(new, "cpu"), torch.randint(284, (2, 40))
-    assert torch.equal(model(tokens), tiny[0](tokens, chain)) and f"{len(chain)} layers of 12" in out
+    assert torch.equal(model(tokens), tiny[0](tokens, chain)) and f"{len(chain)} layers (source: 12)" in out
     index, places = (json.loads((folder / INDEX).read_text()) for folder in (new, old))
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in model.parameters())
     assert all(index["weight_map"][f"model.layers.{step}.mlp.up_proj.weight"]

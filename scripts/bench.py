@@ -197,7 +197,7 @@ def main(args):
         for dataset, shots in [("arithmetic", 0)] if name == "tiny" else [(args.arc, 0), ("arithmetic-1", 2)]:
             label, problems = f"{Path(name).name}, {Path(dataset).stem}, {shots} shots", data.load(dataset, shots)
             total, todo = Counter(), len(SAMPLES) * (args.simulations + (3 if reference else 2) * args.subset)
-            with tqdm(total=todo, desc=label, unit="chain") as bar:
+            with tqdm(total=todo, desc=label, unit="chain", disable=None) as bar:
                 for i in SAMPLES:
                     sample = cola.Sample(model, tokenizer, problems[i], args.cache_mb)
                     unlike += bench(sample, reference, args, bar, total)

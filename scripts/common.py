@@ -20,14 +20,14 @@ def parser(name, doc, usage="%(prog)s [options]"):
     return p
 
 
-def parse_samples(text, count):
+def parse_samples(text, count, option="--samples"):
     """"0:250" to a range of sample ids, out of `count`; None to the first 250, or as many as there are."""
     text = text or f"0:{min(250, count)}"
     first, colon, end = text.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
-        raise ValueError(f"samples {text!r} are not FIRST:END with FIRST < END; write 0:{count} for all")
+        raise ValueError(f"{option} {text!r} is not FIRST:END with FIRST < END; write 0:{count} for all")
     if int(end) > count:
-        raise ValueError(f"samples {text} go beyond the {count} available; give an END of at most {count}")
+        raise ValueError(f"{option} {text} goes beyond the {count} samples; give an END of at most {count}")
     return range(int(first), int(end))
 
 

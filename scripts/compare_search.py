@@ -124,7 +124,8 @@ def main(args):
     decoys = [None if ok or args.no_decoy else decoy_of(tokenizer, problems[i], problems, text, args.seed + i)
               for i, (text, ok) in zip(samples, answers)]
     depths, reached, speed = {}, {}, {}  # {(label, budget): a depth or None for each sample and seed}
-    with tqdm(total=len(searches) * args.seeds * (len(samples) + sum(map(bool, decoys))), unit="search") as bar:
+    total = len(searches) * args.seeds * (len(samples) + sum(map(bool, decoys)))
+    with tqdm(total=total, unit="search", disable=None) as bar:
         for label, (search, change) in searches.items():
             bar.set_description(label)
             chains, start = 0, time.perf_counter()

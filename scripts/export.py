@@ -155,7 +155,8 @@ def export(model, chain, out, revision=None, note=""):
                        here=here / 1e6, layers=layers, before=before / 1e6, note=note and f"\n\n{note}")
     (out / "README.md").write_text(card, encoding="utf-8")
     (out / "config.json").write_text(json.dumps(adapt(raw, config, chain, places), indent=2) + "\n")
-    print(f"{out}: {len(chain)} layers of {layers}, {here / 1e6:.1f}M parameters of {before / 1e6:.1f}M, {size} bytes")
+    print(f"{out}: {len(chain)} layers (source: {layers}), {here / 1e6:.1f}M parameters (source: {before / 1e6:.1f}M), "
+          f"{size} bytes")
 
 
 def parser():

@@ -112,7 +112,8 @@ def parser():
 
 def main(args):
     problems = data.load(args.dataset, args.shots, args.split, args.boxed)
-    fit, test = (common.parse_samples(text, len(problems)) for text in (args.fit, args.test))
+    fit = common.parse_samples(args.fit, len(problems), "--fit")
+    test = common.parse_samples(args.test, len(problems), "--test")
     if {*fit} & {*test}:
         raise ValueError(f"--fit {args.fit} and --test {args.test} have samples in common; keep them apart")
     if args.export:
@@ -130,6 +131,9 @@ def main(args):
             return shares
         cola.search(args, count, n_layers, args.seed)
     seconds, front = time.perf_counter() - start, score.front()
+    if not score.share(front[0]):
+        raise ValueError(f"none of {len(score.verdicts)} chains answers any sample of --fit {args.fit} correctly; "
+                         "choose other samples, more --simulations or another prompt")
     rows = [("full", full), ("fitted", front[0]), *(("front", chain) for chain in front[1:ROWS])]
     correct = {chain: [] for _, chain in rows}
     for sample in tqdm(test_samples, desc="test", unit="sample", disable=None, leave=False):
