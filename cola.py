@@ -103,7 +103,7 @@ def add_search_arguments(p):
     add("--max-loop", type=at_least(0), default=4, metavar="N",
         help="most layers that one step may go back; 1 repeats the last (default: %(default)s)")
     add("--batch", type=at_least(1), default=8, metavar="N", help="chains to verify at a time (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="random seed (default: %(default)s)")
 
 
 def load_checkpoint(args):
@@ -258,6 +258,9 @@ def run(args):
 
 def exit_on_error(program, command, *arguments):
     """Runs a command. Bad input, an unreachable hub or too little memory ends in one line on stderr and code 2."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # the user may have closed it
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
+        sys.stdout.reconfigure(errors="replace")  # the terminal may lack a character
     try:
         command(*arguments)
         print(end="", flush=True)  # so that a closed pipe is noticed here
@@ -269,7 +272,7 @@ def exit_on_error(program, command, *arguments):
         sys.exit(141)
     except Exception as error:
         text = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
+        if isinstance(error, MemoryError) or any(s in text for s in ("out of memory", "CPUAllocator", "ALLOC_FAILED")):
             text = "the device has too little memory; use a smaller model, --cache-mb or --batch, or another --device"
         elif isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}; give another path"
@@ -282,8 +285,6 @@ def exit_on_error(program, command, *arguments):
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
-        sys.stdout.reconfigure(errors="replace")  # the terminal may lack a character
     exit_on_error("cola.py", run, parser().parse_args(argv))
 
 

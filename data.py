@@ -101,8 +101,7 @@ def load(dataset, shots=0, split=None, boxed=None):
     elif Path(dataset).is_file():
         problems = pool = read_jsonl(dataset)
     else:
-        raise ValueError(f"dataset {dataset!r} is neither a file, such as tasks/capitals.jsonl, nor one of "
-                         f"{', '.join(DATASETS)}")
+        raise ValueError(f"{dataset!r} is neither the path of a file nor one of {', '.join(DATASETS)}")
     if boxed is not None:
         form = Path(boxed).read_text(encoding="utf-8", errors="replace").rstrip("\n")
         if "{question}" not in form or "\N{REPLACEMENT CHARACTER}" in form:

@@ -21,7 +21,7 @@ ELITE = 16  # chains in the elite; results/search_ablation.md shows what this an
 SHARPNESS = 3  # each transition of an elite chain is weighted by the chain's worth to this power
 MATURE = 8  # visits before a node selects among its children: the mean of fewer values says little
 TRIES = 10  # rollouts from a node until one gives a new chain
-MISSES = 1000  # walks without a new chain before a batch is scored as it is or, if empty, the search moves on
+MISSES = 10000  # walks without a new chain before a batch is scored as it is or, if empty, the search moves on
 
 
 @dataclass
@@ -169,7 +169,7 @@ class Search:
             actions.append(action)
             node.closed = action == self.stop or len(actions) > self.limit
         for node in path:
-            node.visits += 1  # before the value is known, like a virtual loss: so that a batch spreads out
+            node.visits += 1  # before the value is known: until then it counts as 0, so that a batch spreads out
         if node.closed and actions[-1] != self.stop:
             actions.append(self.stop)  # at the limit a chain can only stop; elsewhere this one is known: a miss
         return path, actions
@@ -206,7 +206,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
       exploration: the constant c of the upper confidence bound; the larger, the less the values of nodes count.
       max_skip, max_loop: layers that a step may skip (None: any number) and go back (1 repeats the last layer).
       allowed: callable that says of a complete chain whether it may be evaluated (None: all may; the full-depth chain
-        always is). If it allows few chains (about one in 1,000), the search may end before it finds them.
+        always is). If it allows few chains (about one in 10,000), the search may end before it finds them.
       departures: [i][j] weighs action j where an elite chain takes i (n_layers: stop), as `Verifier.departures` does;
         only ratios matter. None: every i is departed from equally often, in proportion to 1 / |i - j|, half if j < i.
       batch: chains to score at a time.

@@ -216,7 +216,7 @@ class Experts(nn.Module):
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         y, chosen, weights = torch.zeros_like(flat), chosen.flatten(), weights.flatten()  # [tokens * top_k]
-        counts = chosen.bincount(minlength=len(self.experts)).tolist()  # the only synchronization with a GPU
+        counts = (chosen[:, None] == torch.arange(len(self.experts), device=x.device)).sum(0).tolist()  # synchronizes
         for expert, places in zip(self.experts, chosen.argsort().split(counts)):
             if len(places):
                 token = places // self.top_k
@@ -298,9 +298,9 @@ class Llama(nn.Module):
             if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 raise ValueError(f"{path}: tensor {name} is {parameter.dtype}; use a checkpoint that is not quantized")
             parameter.data = parameter.data.to(device, dtype)
-            if not all(extreme.isfinite() for extreme in parameter.aminmax()):  # NaN spreads to both
-                raise ValueError(f"{path}: tensor {name} holds NaN or infinity as {dtype}; use another --dtype, or "
-                                 "fetch it again")
+            if not parameter.numel() or not all(map(torch.isfinite, parameter.aminmax())):  # NaN spreads to both
+                raise ValueError(f"{path}: tensor {name} is empty or holds NaN or infinity as {dtype}; use another "
+                                 "--dtype, or fetch it again")
         return model.requires_grad_().eval()
 
     def hidden(self, tokens, chain=None, cache=None):
@@ -421,10 +421,10 @@ class Verifier:
         logits, n = self.model.lm_head(self.model.norm(hidden)).float(), len(self.answer)
         log_total, greedy = logits.logsumexp(-1), logits.argmax(-1)  # [chains, len(positions)]
         matches = greedy[:, :n] == self.answer  # [chains, n]
-        log_tokens = logits[:, range(n), self.answer] - log_total[:, :n]
+        log_tokens = logits[:, :n].take_along_dim(self.answer[None, :, None], -1).squeeze(-1) - log_total[:, :n]
         # There are two ways to end: the last token and then a stop, or both fused in one token.
         def one_of(ids, at):
-            return torch.isin(greedy[:, at], ids), logits[:, at, ids].logsumexp(-1) - log_total[:, at]
+            return (greedy[:, at, None] == ids).any(-1), logits[:, at, ids].logsumexp(-1) - log_total[:, at]
         stops, log_stop = (True, 0) if self.stop is None else one_of(self.stop, n)
         fuses, log_fused = one_of(self.fused, n - 1)
         correct = (matches.all(-1) & stops) | (matches[:, :-1].all(-1) & fuses)

@@ -494,8 +494,7 @@ def test_batched_scores_equal_single_scores_and_generate(one_dnn, monkeypatch):
             for (correct, promise), text in zip(together, texts, strict=True):
                 assert correct == (text[:n] == texts[0][:n] and (stop is None or text[n] in stop))
             assert together[::20] == [(correct, pytest.approx(promise, rel=1e-4)) for correct, promise in alone]
-    assert max(rows) < 300 < 8 * len(chains)
-    assert any(products) == (one_dnn and torch.backends.mkldnn.is_available())
+    assert max(rows) < 300 < 8 * len(chains) and any(products) == (one_dnn and torch.backends.mkldnn.is_available())
     model(torch.arange(48)[None]).sum().backward()  # a model that was used can still train
     assert all(weight.grad is not None for weight in model.parameters())
     model.layers[2].mlp.down_proj.weight.data[:] = math.inf  # so logits overflow, and there is no promise
@@ -749,9 +748,8 @@ def test_first_command_prints_what_the_readme_shows(tmp_path, command):
 
 
 def test_best_chain_is_confirmed_by_generate(tiny, command, monkeypatch, tmp_path):
-    odd = write_rows(tmp_path / "odd.jsonl", {"question": "What is 1 + 1?", "answer": "neither"})
-    odd = ["--sample-id", 0, "--dataset", odd, "--simulations", 20]
-    out = command(cola, *odd)[1]
+    write_rows(tmp_path / "odd", {"question": "What is 1 + 1?", "answer": "neither"})
+    out = command(cola, *(odd := ["--sample-id=0", f"--dataset={tmp_path}/odd", "--simulations=20"]))[1]
     assert "best      none" in out and "20 chains evaluated, 0 correct" in out and "discarded" not in out
     monkeypatch.setattr(Verifier, "score", lambda self, chains: [(True, -0.1)] * len(chains))
     sample = cola.Sample(*tiny, data.load("arithmetic")[0])
@@ -807,7 +805,7 @@ def without_c(folder):
     (["--chain", "0-5,12"], "layer 12 .* layers 0 to 11"), (["--chain", "0-99999999999"], "layers 0 to 11"),
     *[(["--chain", text], "has a malformed part") for text in ("0-", "5-3", "1 1", "1,,2", "²-3")],
     (["--dtype", "float8"], "'float32', 'bfloat16', 'float16'"), (["--shots", -1], "between 0 and 100"),
-    (["--dataset", "arithmetics"], "neither a file, such as tasks/capitals.jsonl, nor one of arithmetic, "),
+    (["--dataset", "arithmetics"], "neither the path of a file nor one of arithmetic, "),
     (["--dataset", "rows", "--shots", 2], r"too few questions \(2\) for 2 examples"),
     (["--dataset", "rows", "--boxed", "form"], "0 has choices or a brace"), (["--revision", "v9"], "omit --revision"),
     (["--dataset", "brace", "--boxed", "form"], "sample x has choices or a brace in its answer, which no box holds"),
@@ -1049,8 +1047,10 @@ def test_malformed_study_file_is_refused(tmp_path, refused):
         refused("a.jsonl, line 1 is not as scripts.study writes it", report, write_rows(tmp_path / "a.jsonl", row))
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"{}\n")[:9])
     refused("b.gz, line 0 is not as scripts.study writes it", report, tmp_path / "b.gz")
-    (tmp_path / "a.jsonl").write_bytes(b"\xff\n")
-    refused("a.jsonl, line . is not as scripts.study writes it", study, "--out", tmp_path / "a.jsonl")
+    for foreign in (b"\xff\n{", b'{"a": 1}'):
+        (tmp_path / "a.jsonl").write_bytes(foreign)
+        refused("a.jsonl.* as scripts.study writes it", study, "--out", tmp_path / "a.jsonl")
+        assert (tmp_path / "a.jsonl").read_bytes() == foreign
     refused("none.jsonl: No such file", report, tmp_path / "none.jsonl")
     refused("0 has another result", report, *(write_rows(tmp_path / str(i), LINES[0] | {"best": [i]}) for i in (1, 2)))
     refused("empty.jsonl: no lines", report, write_rows(tmp_path / "empty.jsonl"))

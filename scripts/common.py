@@ -3,6 +3,7 @@ import glob
 import gzip
 import json
 import math
+import os
 import sys
 import zlib
 
@@ -91,6 +92,7 @@ def readable(chain):
 
 FIELDS = {"sample", "id", "level", "question", "gt_ans", "initial_score", "prediction", "best", "best_prediction",
           "final_valid_transitions", "final_invalid_transitions", "n_layers", "decoy", "reorder", "settings"}
+START = b'{"sample": '  # of a line
 SETTINGS = {"model": str, "dataset": str, "revision": str | None, "shots": int, "split": str | None, "chat": bool}
 
 
@@ -146,15 +148,6 @@ def read_done(out, own, settings):
       out: the file given, beside which those of the ranks stand.
       own: the one that this process will append to; an incomplete last line is cut off.
     """
-    if own.exists():
-        if not own.is_file():
-            raise ValueError(f"{own} is not a file; give another --out")
-        with open(own, "r+b") as file:
-            content = file.read()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                print(f"{own}: the last line was incomplete; removed it, its sample runs again", file=sys.stderr)
-                file.truncate(whole)
     done = {}
     for path in files_of(out):
         for line in read_lines(path):
@@ -164,4 +157,13 @@ def read_done(out, own, settings):
             if changed:
                 raise ValueError(f"{path} was made with other settings: {'; '.join(changed)}; give another --out")
             done[line["sample"]] = line
+    if own.exists():  # and every whole line in it is a study's
+        if not own.is_file():
+            raise ValueError(f"{own} is not a file; give another --out")
+        lines, newline, rest = own.read_bytes().rpartition(b"\n")
+        if not (rest.startswith(START) or START.startswith(rest)):
+            raise ValueError(f"{own} does not end as scripts.study writes it; give another --out")
+        if rest:
+            print(f"{own}: the last line was incomplete; removed it, its sample runs again", file=sys.stderr)
+            os.truncate(own, len(lines + newline))
     return done

@@ -153,7 +153,8 @@ def main(args):
         reference = None
         for label in searches:
             # Plain generation says whether the full model is correct; if the verifier differs, the full depth counts.
-            of_correct = [depth or len(full) for depth, ok in zip(depths[label, budget], correct) if ok]
+            of_correct = [len(full) if depth is None else depth
+                          for depth, ok in zip(depths[label, budget], correct) if ok]
             reference = reference or of_correct
             found = [depth is not None for depth in depths[label, budget]]
             pairs = [(hit, other is not None) for hit, other, decoy, ok in

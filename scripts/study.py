@@ -72,7 +72,7 @@ def elsewhere(problems, i, count, rng):
     problem, others = problems[i], []
     if not problem.choices:
         return [other for other in problems[i + 1:] + problems[:i] if other.level == problem.level][:count]
-    for _ in range(20 * count):  # two or three choices have few orders
+    for _ in range(20 * min(count, 100)):  # two or three choices have few orders
         other = reordered(problem, rng.sample(range(len(problem.choices)), len(problem.choices)))
         if other.answer != problem.answer and other not in others:
             others.append(other)
