@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import cola
 from safetensors import SafetensorError, safe_open
@@ -117,6 +118,7 @@ def new_folder(out, folder):
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} must be a new or an empty folder; remove it or give another")
     out.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=out).close()  # raises OSError now, not after a fit, if it cannot be written to
     return out
 
 

@@ -10,6 +10,7 @@ from the seed and the number of the step. The state is saved now and then; the s
 import json
 import random
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import cola
 import torch
@@ -169,7 +170,9 @@ def main(args):
                     slots.setdefault(int(j), {})[slot] = tensor
             optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
-    args.state.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (args.state.parent, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()  # raises OSError now, not after the training, if it cannot be written to
     for step in (bar := trange(start, args.steps, initial=start, total=args.steps, mininterval=1)):
         rng = random.Random(f"{args.seed}/{step}")
         tokens, targets = make_batch(tokenizer, sums(rng, rng.choice(LENGTHS), args.batch, args.limit))
