@@ -200,7 +200,7 @@ def search(score, n_layers, simulations=200, seed=0, depth_penalty=0.2, explorat
     Args:
       score: callable, a list of chains (tuples of layer indices) to a list of numbers in [0, 1] (a bool is one), or of
         pairs of such a number and a promise, the mean log-probability of the correct answer's tokens.
-      simulations: distinct chains to evaluate, the full-depth chain first; fewer if there are no more.
+      simulations: distinct chains to evaluate, the full-depth chain first; fewer if no more are found.
       seed: the same seed, batch, scores and departures give the same result.
       depth_penalty: what the full depth costs in the reward, where a correct answer is worth 1.
       exploration: the constant c of the upper confidence bound; the larger, the less the values of nodes count.

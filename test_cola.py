@@ -503,8 +503,7 @@ def test_batched_scores_equal_single_scores_and_generate(one_dnn, monkeypatch):
 
 
 def test_departures_equal_finite_differences():
-    model = random_model(3)
-    verify = Verifier(model, [1, 2, 3], [4, 5], stop={6})
+    verify = Verifier(model := random_model(3), [1, 2, 3], [4, 5], stop={6})
     def after(x, layers):
         return [*itertools.accumulate(layers, lambda x, layer: layer(x, verify.rope), initial=x)]
     weights, states = verify.departures(), after(model.embed_tokens(verify.tokens), model.layers)
@@ -661,6 +660,7 @@ def test_search_prunes_chains_too_deep_to_be_the_best():
                        depth_penalty=2)  # as long as nothing is correct, no depth is too deep, whatever it costs
     assert len(deep.best) == 12
     assert sum(mcts.search(lambda chains: [0 in chain for chain in chains], 12).evaluated.values()) > 150
+    assert len(mcts.search(lambda chains: [True] * len(chains), 10, 2000, max_loop=0, batch=1).evaluated) == 2 ** 10
 
 
 def test_fractional_score_is_weighed_against_the_depth_penalty():
