@@ -148,6 +148,8 @@ def read_done(out, own, settings):
       out: the file given, beside which those of the ranks stand.
       own: the one that this process will append to; an incomplete last line is cut off.
     """
+    if own.exists() and not own.is_file():
+        raise ValueError(f"{own} is not a file; give another --out")
     done = {}
     for path in files_of(out):
         for line in read_lines(path):
@@ -158,8 +160,6 @@ def read_done(out, own, settings):
                 raise ValueError(f"{path} was made with other settings: {'; '.join(changed)}; give another --out")
             done[line["sample"]] = line
     if own.exists():  # and every whole line in it is a study's
-        if not own.is_file():
-            raise ValueError(f"{own} is not a file; give another --out")
         lines, newline, rest = own.read_bytes().rpartition(b"\n")
         if not (rest.startswith(START) or START.startswith(rest)):
             raise ValueError(f"{own} does not end as scripts.study writes it; give another --out")
