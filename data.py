@@ -117,7 +117,7 @@ def load(dataset, shots=0, split=None, boxed=None):
 def in_box(problem, form):
     """The problem in a form that asks for \\boxed{ANSWER}, which is complete at the closing brace."""
     if problem.choices or set(problem.answer) & {*"{}"}:
-        raise ValueError(f"sample {problem.id} has choices or a brace in its answer, which no box holds; remove its row")
+        raise ValueError(f"sample {problem.id} has choices or a brace in its answer, which fit no box; remove its row")
     return replace(problem, answer=f"\\boxed{{{problem.answer}}}", form=form)
 
 

@@ -808,7 +808,7 @@ def without_c(folder):
     (["--dataset", "arithmetics"], "neither the path of a file nor one of arithmetic, "),
     (["--dataset", "rows", "--shots", 2], r"too few questions \(2\) for 2 examples"),
     (["--dataset", "rows", "--boxed", "form"], "0 has choices or a brace"), (["--revision", "v9"], "omit --revision"),
-    (["--dataset", "brace", "--boxed", "form"], "sample x has choices or a brace in its answer, which no box holds"),
+    (["--dataset", "brace", "--boxed", "form"], "sample x has choices or a brace in its answer, which fit no box"),
     (["--dataset", "brace", "--model", "without_c"], "cannot write the answer '.1.' of sample x, only"),
     (["--boxed", "rows"], "write {question} there"), (["--device", "cuda:99"], "device 'cuda:99' is unavailable"),
     (["--device", "meta"], "device 'meta' is unavailable"),
