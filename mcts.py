@@ -78,7 +78,7 @@ class Search:
     Attributes:
       worth: {chain: its score or, if 0, exp(promise)}, the geometric mean of the answer's token probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
-      limit: the greatest depth to try: 2 * n_layers, or where a score of 1 would still beat `highest`, the best reward.
+      limit: the greatest depth to try: 2 * n_layers, or the last at which a score of 1 beats `highest`, the best reward.
       elite: the ELITE chains of highest value, correct or wrong, no deeper than a correct best chain: limit + 1.
       table: {layer: {action: weight}}, the transitions of the elite or, while it is worth 0, of the full-depth chain.
       departures, row_sums: the weights; for each action, their sum over the actions that may replace it.
@@ -177,7 +177,7 @@ class Search:
     def roll_out(self, start, pending):
         """Completes actions with the policy to a chain that is new, allowed and within the limit; None after TRIES."""
         policy, draw, stop = self.policy, self.rng.random, self.stop
-        for _ in range(TRIES if start[-1] != stop else 1):
+        for _ in range(TRIES if start[-1] != stop else 1):  # a complete chain stays as it is
             actions, action = [*start], start[-1]
             while action != stop and len(actions) <= self.limit + 1:
                 _, choices, cumulative = policy(action)

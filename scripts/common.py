@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import zlib
+from tempfile import TemporaryFile
 
 import cola
 
@@ -22,7 +23,10 @@ def parser(name, doc, usage="%(prog)s [options]"):
 
 
 def parse_samples(text, count, option="--samples"):
-    """"0:250" to a range of sample ids, out of `count`; None to the first 250, or as many as there are."""
+    """"0:250" to a range of sample ids, out of `count`; None to the first 250, or as many as there are.
+
+    Raises ValueError, which names `option`, if the text is malformed or goes beyond them.
+    """
     text = text or f"0:{min(250, count)}"
     first, colon, end = text.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
@@ -30,6 +34,12 @@ def parse_samples(text, count, option="--samples"):
     if int(end) > count:
         raise ValueError(f"{option} {text} goes beyond the {count} samples; give an END of at most {count}")
     return range(int(first), int(end))
+
+
+def make_folder(path):
+    """Makes a folder if need be. Raises OSError if it cannot be written to, so that no long work is lost."""
+    path.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=path).close()
 
 
 def wilson(hits, total):
@@ -92,7 +102,7 @@ def readable(chain):
 
 FIELDS = {"sample", "id", "level", "question", "gt_ans", "initial_score", "prediction", "best", "best_prediction",
           "final_valid_transitions", "final_invalid_transitions", "n_layers", "decoy", "reorder", "settings"}
-START = b'{"sample": '  # of a line
+START = b'{"sample": '  # how a line begins
 SETTINGS = {"model": str, "dataset": str, "revision": str | None, "shots": int, "split": str | None, "chat": bool}
 
 

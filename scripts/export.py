@@ -11,13 +11,13 @@ import json
 import re
 import shutil
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import cola
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from model import Config, fetch, weight_files
+from scripts import common
 from scripts.train_tiny import save_tensors
 
 LAYER = re.compile(r"((?:model\.)?layers\.)(\d+)(\..+)")
@@ -117,8 +117,7 @@ def new_folder(out, folder):
         raise ValueError(f"{out} is inside the source checkpoint {folder}; give another folder")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} must be a new or an empty folder; remove it or give another")
-    out.mkdir(parents=True, exist_ok=True)
-    TemporaryFile(dir=out).close()  # raises OSError now, not after a fit, if it cannot be written to
+    common.make_folder(out)
     return out
 
 

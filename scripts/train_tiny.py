@@ -10,7 +10,6 @@ from the seed and the number of the step. The state is saved now and then; the s
 import json
 import random
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import cola
 import torch
@@ -21,6 +20,7 @@ from tqdm import trange
 
 import data
 from model import Config, Llama
+from scripts import common
 
 LENGTHS = (2, 3, 4, 5)  # how many numbers; levels 1 to 3 lie inside, levels 4 and 5 beyond
 CYCLES = (5 / 7, 1)  # shares of the steps at which the learning rate has come down to zero
@@ -171,8 +171,7 @@ def main(args):
             optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
     for folder in (args.state.parent, args.out):
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()  # raises OSError now, not after the training, if it cannot be written to
+        common.make_folder(folder)
     for step in (bar := trange(start, args.steps, initial=start, total=args.steps, mininterval=1)):
         rng = random.Random(f"{args.seed}/{step}")
         tokens, targets = make_batch(tokenizer, sums(rng, rng.choice(LENGTHS), args.batch, args.limit))

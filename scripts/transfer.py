@@ -5,8 +5,8 @@
 
 A row is for the best chains of one level, a column for the samples of one level. A cell is the share in % of these
 samples that such a chain answers correctly: the mean over the chains, with its 95 % interval, each chain's own sample
-left out. The last row is the full model. Model, dataset, shots and prompt are those of the study, which
-records the names of files without their folders: give --model, --dataset and --boxed again if they are elsewhere.
+left out. The last row is the full model. Model, dataset, shots and prompt are those of the study, which records the
+names of files without their folders: give --model, --dataset and --boxed again if they are elsewhere.
 """
 import argparse
 from pathlib import Path
