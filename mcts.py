@@ -78,7 +78,7 @@ class Search:
     Attributes:
       worth: {chain: its score or, if 0, exp(promise)}, the geometric mean of the answer's token probabilities.
       value: {chain: what it backs up}, its reward with its worth in place of the score.
-      limit: the greatest depth to try: 2 * n_layers, or the last at which a score of 1 beats `highest`, the best reward.
+      limit: the greatest depth to try: 2 * n_layers, or the last where a score of 1 beats `highest`, the best reward.
       elite: the ELITE chains of highest value, correct or wrong, no deeper than a correct best chain: limit + 1.
       table: {layer: {action: weight}}, the transitions of the elite or, while it is worth 0, of the full-depth chain.
       departures, row_sums: the weights; for each action, their sum over the actions that may replace it.
